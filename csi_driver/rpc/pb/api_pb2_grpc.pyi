@@ -8,7 +8,6 @@ plugin sockets, kubelet calls. tests/unit/test_proto.py holds this file to the f
 
 from collections import abc as _abc
 from csi_driver.rpc.pb import api_pb2 as _api_pb2
-import abc as _abc_1
 import grpc as _grpc
 
 
@@ -22,8 +21,7 @@ class RegistrationStub:
     NotifyRegistrationStatus: _grpc.UnaryUnaryMultiCallable[_api_pb2.RegistrationStatus, _api_pb2.RegistrationStatusResponse]
     """Then: whether kubelet has taken it in."""
 
-class RegistrationServicer(metaclass=_abc_1.ABCMeta):
-    @_abc_1.abstractmethod
+class RegistrationServicer:
     def GetInfo(
         self,
         request: _api_pb2.InfoRequest,
@@ -31,7 +29,6 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _api_pb2.PluginInfo:
         """First: what the plugin is and where it answers."""
 
-    @_abc_1.abstractmethod
     def NotifyRegistrationStatus(
         self,
         request: _api_pb2.RegistrationStatus,

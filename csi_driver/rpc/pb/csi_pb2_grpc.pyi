@@ -9,7 +9,6 @@ behave is told by the specification. tests/unit/test_proto.py holds this file to
 
 from collections import abc as _abc
 from csi_driver.rpc.pb import csi_pb2 as _csi_pb2
-import abc as _abc_1
 import grpc as _grpc
 
 
@@ -24,24 +23,21 @@ class IdentityStub:
     GetPluginCapabilities: _grpc.UnaryUnaryMultiCallable[_csi_pb2.GetPluginCapabilitiesRequest, _csi_pb2.GetPluginCapabilitiesResponse]
     Probe: _grpc.UnaryUnaryMultiCallable[_csi_pb2.ProbeRequest, _csi_pb2.ProbeResponse]
 
-class IdentityServicer(metaclass=_abc_1.ABCMeta):
+class IdentityServicer:
     """Who the plugin is, what it can do, and whether it can do it now. Every plugin serves this one."""
 
-    @_abc_1.abstractmethod
     def GetPluginInfo(
         self,
         request: _csi_pb2.GetPluginInfoRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.GetPluginInfoResponse: ...
 
-    @_abc_1.abstractmethod
     def GetPluginCapabilities(
         self,
         request: _csi_pb2.GetPluginCapabilitiesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.GetPluginCapabilitiesResponse: ...
 
-    @_abc_1.abstractmethod
     def Probe(
         self,
         request: _csi_pb2.ProbeRequest,
@@ -78,12 +74,11 @@ class ControllerStub:
     ControllerGetVolume: _grpc.UnaryUnaryMultiCallable[_csi_pb2.ControllerGetVolumeRequest, _csi_pb2.ControllerGetVolumeResponse]
     ControllerModifyVolume: _grpc.UnaryUnaryMultiCallable[_csi_pb2.ControllerModifyVolumeRequest, _csi_pb2.ControllerModifyVolumeResponse]
 
-class ControllerServicer(metaclass=_abc_1.ABCMeta):
+class ControllerServicer:
     """Volumes as the storage has them: made, listed, copied, grown and deleted from anywhere in their
     scope.
     """
 
-    @_abc_1.abstractmethod
     def CreateVolume(
         self,
         request: _csi_pb2.CreateVolumeRequest,
@@ -91,7 +86,6 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.CreateVolumeResponse:
         """Repeatable: the name decides which volume is meant."""
 
-    @_abc_1.abstractmethod
     def DeleteVolume(
         self,
         request: _csi_pb2.DeleteVolumeRequest,
@@ -99,35 +93,30 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.DeleteVolumeResponse:
         """Repeatable: an unknown volume counts as deleted."""
 
-    @_abc_1.abstractmethod
     def ControllerPublishVolume(
         self,
         request: _csi_pb2.ControllerPublishVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ControllerPublishVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerUnpublishVolume(
         self,
         request: _csi_pb2.ControllerUnpublishVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ControllerUnpublishVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def ValidateVolumeCapabilities(
         self,
         request: _csi_pb2.ValidateVolumeCapabilitiesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ValidateVolumeCapabilitiesResponse: ...
 
-    @_abc_1.abstractmethod
     def ListVolumes(
         self,
         request: _csi_pb2.ListVolumesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ListVolumesResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerListVolumeHealth(
         self,
         request: _csi_pb2.ControllerListVolumeHealthRequest,
@@ -135,7 +124,6 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.ControllerListVolumeHealthResponse:
         """Only volumes with something wrong."""
 
-    @_abc_1.abstractmethod
     def ControllerGetVolumeHealth(
         self,
         request: _csi_pb2.ControllerGetVolumeHealthRequest,
@@ -143,63 +131,54 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.ControllerGetVolumeHealthResponse:
         """One volume; an empty list of statuses is a healthy one."""
 
-    @_abc_1.abstractmethod
     def GetCapacity(
         self,
         request: _csi_pb2.GetCapacityRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.GetCapacityResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerGetCapabilities(
         self,
         request: _csi_pb2.ControllerGetCapabilitiesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ControllerGetCapabilitiesResponse: ...
 
-    @_abc_1.abstractmethod
     def CreateSnapshot(
         self,
         request: _csi_pb2.CreateSnapshotRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.CreateSnapshotResponse: ...
 
-    @_abc_1.abstractmethod
     def DeleteSnapshot(
         self,
         request: _csi_pb2.DeleteSnapshotRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.DeleteSnapshotResponse: ...
 
-    @_abc_1.abstractmethod
     def ListSnapshots(
         self,
         request: _csi_pb2.ListSnapshotsRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ListSnapshotsResponse: ...
 
-    @_abc_1.abstractmethod
     def GetSnapshot(
         self,
         request: _csi_pb2.GetSnapshotRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.GetSnapshotResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerExpandVolume(
         self,
         request: _csi_pb2.ControllerExpandVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ControllerExpandVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerGetVolume(
         self,
         request: _csi_pb2.ControllerGetVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.ControllerGetVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def ControllerModifyVolume(
         self,
         request: _csi_pb2.ControllerModifyVolumeRequest,
@@ -217,31 +196,27 @@ class GroupControllerStub:
     DeleteVolumeGroupSnapshot: _grpc.UnaryUnaryMultiCallable[_csi_pb2.DeleteVolumeGroupSnapshotRequest, _csi_pb2.DeleteVolumeGroupSnapshotResponse]
     GetVolumeGroupSnapshot: _grpc.UnaryUnaryMultiCallable[_csi_pb2.GetVolumeGroupSnapshotRequest, _csi_pb2.GetVolumeGroupSnapshotResponse]
 
-class GroupControllerServicer(metaclass=_abc_1.ABCMeta):
+class GroupControllerServicer:
     """Snapshots of several volumes at one point in time."""
 
-    @_abc_1.abstractmethod
     def GroupControllerGetCapabilities(
         self,
         request: _csi_pb2.GroupControllerGetCapabilitiesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.GroupControllerGetCapabilitiesResponse: ...
 
-    @_abc_1.abstractmethod
     def CreateVolumeGroupSnapshot(
         self,
         request: _csi_pb2.CreateVolumeGroupSnapshotRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.CreateVolumeGroupSnapshotResponse: ...
 
-    @_abc_1.abstractmethod
     def DeleteVolumeGroupSnapshot(
         self,
         request: _csi_pb2.DeleteVolumeGroupSnapshotRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.DeleteVolumeGroupSnapshotResponse: ...
 
-    @_abc_1.abstractmethod
     def GetVolumeGroupSnapshot(
         self,
         request: _csi_pb2.GetVolumeGroupSnapshotRequest,
@@ -258,10 +233,9 @@ class SnapshotMetadataStub:
     """The stream ends in order when it is complete, with an error when it is not."""
     GetMetadataDelta: _grpc.UnaryStreamMultiCallable[_csi_pb2.GetMetadataDeltaRequest, _csi_pb2.GetMetadataDeltaResponse]
 
-class SnapshotMetadataServicer(metaclass=_abc_1.ABCMeta):
+class SnapshotMetadataServicer:
     """Which blocks of a snapshot hold data, and which changed between two of them: for backup programs."""
 
-    @_abc_1.abstractmethod
     def GetMetadataAllocated(
         self,
         request: _csi_pb2.GetMetadataAllocatedRequest,
@@ -269,7 +243,6 @@ class SnapshotMetadataServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Iterator[_csi_pb2.GetMetadataAllocatedResponse]:
         """The stream ends in order when it is complete, with an error when it is not."""
 
-    @_abc_1.abstractmethod
     def GetMetadataDelta(
         self,
         request: _csi_pb2.GetMetadataDeltaRequest,
@@ -297,12 +270,11 @@ class NodeStub:
     NodeGetCapabilities: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetCapabilitiesRequest, _csi_pb2.NodeGetCapabilitiesResponse]
     NodeGetInfo: _grpc.UnaryUnaryMultiCallable[_csi_pb2.NodeGetInfoRequest, _csi_pb2.NodeGetInfoResponse]
 
-class NodeServicer(metaclass=_abc_1.ABCMeta):
+class NodeServicer:
     """Volumes as one node has them: staged once, published to each workload, measured, grown, and taken
     away again.
     """
 
-    @_abc_1.abstractmethod
     def NodeStageVolume(
         self,
         request: _csi_pb2.NodeStageVolumeRequest,
@@ -310,14 +282,12 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.NodeStageVolumeResponse:
         """Once per volume and node, before anything is published."""
 
-    @_abc_1.abstractmethod
     def NodeUnstageVolume(
         self,
         request: _csi_pb2.NodeUnstageVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeUnstageVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def NodePublishVolume(
         self,
         request: _csi_pb2.NodePublishVolumeRequest,
@@ -325,49 +295,42 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _csi_pb2.NodePublishVolumeResponse:
         """Once per workload: the volume appears at target_path."""
 
-    @_abc_1.abstractmethod
     def NodeUnpublishVolume(
         self,
         request: _csi_pb2.NodeUnpublishVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeUnpublishVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeGetVolumeStats(
         self,
         request: _csi_pb2.NodeGetVolumeStatsRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeGetVolumeStatsResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeGetVolumeHealth(
         self,
         request: _csi_pb2.NodeGetVolumeHealthRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeGetVolumeHealthResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeGetStorageHealth(
         self,
         request: _csi_pb2.NodeGetStorageHealthRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeGetStorageHealthResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeExpandVolume(
         self,
         request: _csi_pb2.NodeExpandVolumeRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeExpandVolumeResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeGetCapabilities(
         self,
         request: _csi_pb2.NodeGetCapabilitiesRequest,
         context: _grpc.ServicerContext,
     ) -> _csi_pb2.NodeGetCapabilitiesResponse: ...
 
-    @_abc_1.abstractmethod
     def NodeGetInfo(
         self,
         request: _csi_pb2.NodeGetInfoRequest,
