@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Homes and records on disk: what exists in a pool.
+
+A volume exists if and only if its directory stands in `volumes/`. It gets there by one rename, complete and
+synced, and leaves by one rename into `trash/`. There is no index. What a home's payload is, how much room there is
+and who may use it are not this module's business.
+
+    <root>/pool.json  lock  volumes/<id>/  snapshots/<id>/  staging/<id>/  trash/<id>.<n>/
+"""
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from csi_driver.errors import ConfigurationError, Error, NotFound
+from csi_driver.linux import files
+from csi_driver.model import Record, VolumeId
+
+SCHEMA = 1
+POOL_FILE = "pool.json"
+RECORD_FILE = "volume.json"
+LOCK_FILE = "lock"
+VOLUMES, SNAPSHOTS, STAGING, TRASH = "volumes", "snapshots", "staging", "trash"
+
+
+class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`pool.json`: written once, moves with the disk."""
+
+    schema: int
+    uuid: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The directory of one volume. `name` is the id, with a number behind it in the trash."""
+
+    id: str
+    name: str
+    area: str
+    area_fd: int
+    area_path: Path
+
+    @property
+    def path(self) -> Path:
+        """For tools that want a name; everything else opens beneath `area_fd`."""
+        return self.area_path / self.name
+
+    def open(self, path: str, flags: int = os.O_RDONLY, mode: int = 0) -> int:
+        """An fd of something in the home, never through a symlink; FileNotFoundError if it is not there."""
+        return files.open_beneath(self.area_fd, f"{self.name}/{path}", flags, mode)
+
+    def open_directory(self) -> int:
+        """An fd of the home itself."""
+        return files.open_beneath(self.area_fd, self.name, os.O_RDONLY | os.O_DIRECTORY)
+
+
+class Catalog:
+    """The homes of one pool. Holds the pool's lock for as long as it is open."""
+
+    def __init__(self, root: Path, root_fd: int, lock_fd: int, pool: PoolRecord) -> None:
+        self.root = root
+        self.root_fd = root_fd
+        self.tag = pool.uuid.replace("-", "")[:8]
+        self._lock_fd = lock_fd
+        self._areas = {
+            area: files.ensure_directory(root_fd, area, mode=0o700)
+            for area in (VOLUMES, SNAPSHOTS, STAGING, TRASH)
+        }
+
+    @classmethod
+    def open(cls, root: Path, backend: str) -> "Catalog":
+        """Open the pool at `root`, made if there is none.
+
+        Raises:
+            ConfigurationError: it cannot be used: another process has it, it is another backend's, it was written
+                by a newer version, or the directory cannot be made.
+        """
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root_fd = files.open_directory(root.resolve())
+        except OSError as error:
+            raise ConfigurationError(f"pool root {root}: cannot be opened or made: {error.strerror}") from error
+        lock_fd = files.lock(root_fd, LOCK_FILE)
+        if lock_fd is None:
+            os.close(root_fd)
+            raise ConfigurationError(
+                f"pool root {root}: another process uses this pool (it holds {root / LOCK_FILE}): stop it first; "
+                "one driver process serves a pool"
+            )
+        return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend))
+
+    def close(self) -> None:
+        """Give the pool's lock back."""
+        for fd in (*self._areas.values(), self._lock_fd, self.root_fd):
+            os.close(fd)
+
+    def is_present(self) -> bool:
+        """Whether `root` still names the directory that was opened (it may have been unmounted or replaced)."""
+        try:
+            now, then = os.stat(self.root), os.fstat(self.root_fd)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+    # Finding
+
+    def find(self, volume_id: str) -> Home | None:
+        """The volume's home, or None."""
+        if not self._is_ours(volume_id):
+            return None
+        home = self._home(VOLUMES, volume_id)
+        try:
+            os.stat(home.name, dir_fd=home.area_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return home
+
+    def get(self, volume_id: str) -> Home:
+        """The volume's home.
+
+        Raises:
+            NotFound: there is none.
+        """
+        home = self.find(volume_id)
+        if home is None:
+            raise NotFound(f"volume {volume_id!r}: does not exist in {self.root}")
+        return home
+
+    def ids(self) -> list[str]:
+        """The ids of all volumes, in order."""
+        with os.scandir(self._areas[VOLUMES]) as entries:
+            return sorted(entry.name for entry in entries if self._is_ours(entry.name))
+
+    def home(self, volume_id: str) -> Home:
+        """The home of an id that `ids` gave; does not look."""
+        return self._home(VOLUMES, volume_id)
+
+    def read(self, home: Home) -> Record:
+        """The home's record.
+
+        Raises:
+            NotFound: the volume went away meanwhile.
+            ConfigurationError: written by a newer version.
+            Error: it is damaged.
+        """
+        return _decode(_raw(home), home)
+
+    # Making and removing
+
+    def stage(self, volume_id: str) -> Home:
+        """A new, empty home in staging. What an earlier try left must have been discarded."""
+        home = self._home(STAGING, volume_id)
+        os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
+        return home
+
+    def publish(self, home: Home, record: Record) -> Home:
+        """Make a filled staging home a volume: record written, all synced, one rename.
+
+        The backend has synced the payload. After a crash the home is either in staging or whole in `volumes/`.
+        """
+        home_fd = home.open_directory()
+        try:
+            files.write_atomic(home_fd, RECORD_FILE, _encode(record))
+            files.sync(home_fd)
+        finally:
+            os.close(home_fd)
+        volume = self._home(VOLUMES, home.id)
+        files.rename(home.area_fd, home.name, volume.area_fd, volume.name)
+        files.sync(volume.area_fd)
+        return volume
+
+    def update(self, home: Home, **changes: Any) -> None:
+        """Change fields of a record on disk; fields this version does not know stay."""
+        raw = _raw(home) | changes
+        home_fd = home.open_directory()
+        try:
+            files.write_atomic(home_fd, RECORD_FILE, msgspec.json.encode(raw))
+            files.sync(home_fd)
+        finally:
+            os.close(home_fd)
+
+    def trash(self, home: Home) -> Home:
+        """Take a volume out of existence by one rename; its files go later, by `remove`."""
+        # The wall clock is in the name: it is the time that retention is counted from, after a reboot too.
+        number = time.time_ns()
+        trashed = Home(home.id, f"{home.id}.{number}", TRASH, self._areas[TRASH], self.root / TRASH)
+        files.rename(home.area_fd, home.name, trashed.area_fd, trashed.name)
+        files.sync(trashed.area_fd)
+        files.sync(home.area_fd)
+        return trashed
+
+    def staged(self) -> Iterator[Home]:
+        """What builds that died have left in staging."""
+        for name in sorted(os.listdir(self._areas[STAGING])):
+            yield self._home(STAGING, name)
+
+    def find_staged(self, volume_id: str) -> Home | None:
+        """The half-made home of this id, if a build has left one."""
+        home = self._home(STAGING, volume_id)
+        try:
+            os.stat(home.name, dir_fd=home.area_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return home
+
+    def trashed(self) -> Iterator[tuple[Home, float]]:
+        """The deleted homes and when each was deleted, in seconds since the epoch."""
+        for name in sorted(os.listdir(self._areas[TRASH])):
+            volume_id, _, number = name.rpartition(".")
+            when = int(number) / 1e9 if number.isdecimal() else 0.0
+            yield Home(volume_id, name, TRASH, self._areas[TRASH], self.root / TRASH), when
+
+    def remove(self, home: Home) -> None:
+        """Remove a staging or trash home's files; refuses volumes, and anything with a mount in it."""
+        if home.area not in (STAGING, TRASH):
+            raise Error(f"{home.path}: only staging and trash are ever removed")
+        files.remove_tree(home.area_fd, home.name)
+
+    def _home(self, area: str, volume_id: str) -> Home:
+        return Home(volume_id, volume_id, area, self._areas[area], self.root / area)
+
+    def _is_ours(self, volume_id: str) -> bool:
+        parsed = VolumeId.find(volume_id)
+        return parsed is not None and parsed.tag == self.tag
+
+
+def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
+    try:
+        pool = msgspec.json.decode(files.read(root_fd, POOL_FILE), type=PoolRecord)
+    except FileNotFoundError:
+        pool = PoolRecord(schema=SCHEMA, uuid=str(uuid.uuid4()), backend=backend)
+        files.write_atomic(root_fd, POOL_FILE, msgspec.json.encode(pool))
+        files.sync(root_fd)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{root / POOL_FILE}: damaged ({error}): restore it from a backup") from error
+    if pool.schema > SCHEMA:
+        raise ConfigurationError(
+            f"{root / POOL_FILE}: written by a newer version of Orlop (schema {pool.schema}, this one knows "
+            f"{SCHEMA}): install that version again"
+        )
+    if pool.backend != backend:
+        raise ConfigurationError(
+            f"pool root {root}: holds a pool of backend {pool.backend!r}, the configuration says {backend!r}: "
+            "correct the configuration or give the new pool another root"
+        )
+    return pool
+
+
+def _raw(home: Home) -> dict[str, Any]:
+    try:
+        content = files.read(home.area_fd, f"{home.name}/{RECORD_FILE}")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise NotFound(f"volume {home.id!r}: has no record at {home.path / RECORD_FILE}") from error
+        raise
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise Error(f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}") from error
+
+
+def _decode(raw: dict[str, Any], home: Home) -> Record:
+    schema = raw.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ConfigurationError(
+            f"volume {home.id!r}: its record was written by a newer version of Orlop (schema {schema}, this one "
+            f"knows {SCHEMA}): install that version again"
+        )
+    try:
+        return msgspec.convert(raw, Record)
+    except msgspec.ValidationError as error:
+        raise Error(f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}") from error
+
+
+def _encode(record: Record) -> bytes:
+    # A person may have to read it one day, without this program.
+    return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file: TOML into checked values. Every refusal names the file, the key and the remedy.
+
+What a backend's own keys mean is the backend's business: they arrive in `PoolConfig.options` and are read with
+`read_options`. Whether the machine can do what is asked is `Backend.check`'s.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from csi_driver.errors import ConfigurationError, unknown_keys
+from csi_driver.model import POOL_NAME
+
+S = TypeVar("S", bound=msgspec.Struct)
+V = TypeVar("V")
+
+DRIVER_NAME = "local.orlop.dev"
+DEFAULT_PATH = Path("/etc/orlop/config.toml")
+_DRIVER_NAME = re.compile(r"(?=.{1,63}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.IGNORECASE)
+_TAG = re.compile(r"[0-9a-f]{8}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTPE]i?)?B?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The part of a pool's filesystem that volumes never get: bytes, or a share of its size."""
+
+    bytes: int = 0
+    share: float = 0.0
+
+    def of(self, total_bytes: int) -> int:
+        """Bytes reserved in a filesystem of `total_bytes`."""
+        return self.bytes + int(total_bytes * self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """One `[pools.NAME]`; `where` names the file and the table for messages about `options`."""
+
+    name: str
+    backend: str
+    root: Path
+    reserved: Reserved = Reserved(share=0.05)
+    retention_s: float = 0.0
+    classes: tuple[str, ...] = ()
+    static_roots: tuple[Path, ...] = ()
+    mounted: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+Expansion = Literal["node", "controller"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All that the file says; command line and environment may override the first few."""
+
+    pools: Mapping[str, PoolConfig]
+    driver_name: str = DRIVER_NAME
+    node_id: str = ""
+    region: str = ""
+    zone: str = ""
+    default_pool: str = ""
+    expansion: Expansion = "node"
+    max_volumes_per_node: int = 0
+    retired_tags: frozenset[str] = frozenset()
+    workers: int = 16
+    drain_timeout_s: float = 20.0
+
+
+class _Pool(msgspec.Struct, forbid_unknown_fields=True):
+    backend: str = "image"
+    root: str = ""
+    reserved: str | int = "5%"
+    retention: str | int = 0
+    classes: list[str] = []
+    static_roots: list[str] = []
+    mounted: bool = False
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    driver_name: str = DRIVER_NAME
+    node_id: str = ""
+    region: str = ""
+    zone: str = ""
+    default_pool: str = ""
+    expansion: Expansion = "node"
+    max_volumes_per_node: int = 0
+    retired_tags: list[str] = []
+    workers: int = 16
+    drain_timeout: str | int = "20s"
+    pools: dict[str, dict[str, Any]] = {}
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigurationError: it cannot be read, or something in it is wrong.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}; name the file with --config") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "configuration") -> Config:
+    """Check a configuration given as text; `name` is what messages call it."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{name}: not valid TOML: {error}") from error
+    file = _convert(raw, _File, name)
+    if not file.pools:
+        raise ConfigurationError(f"{name}: no pool is configured: add a table [pools.NAME] with at least a root")
+    pools = {pool: _pool(pool, table, name) for pool, table in file.pools.items()}
+    _check_file(file, pools, name)
+    return Config(
+        pools=pools,
+        driver_name=file.driver_name,
+        node_id=file.node_id,
+        region=file.region,
+        zone=file.zone,
+        default_pool=file.default_pool,
+        expansion=file.expansion,
+        max_volumes_per_node=file.max_volumes_per_node,
+        retired_tags=frozenset(file.retired_tags),
+        workers=file.workers,
+        drain_timeout_s=_at(f"{name}: drain_timeout", parse_duration, file.drain_timeout),
+    )
+
+
+def read_options(pool: PoolConfig, kind: type[S]) -> S:
+    """A backend's own keys of a pool, as its msgspec Struct.
+
+    Raises:
+        ConfigurationError: an unknown key or a wrong type; names the pool's known keys.
+    """
+    return _convert(dict(pool.options), kind, pool.where, also_known=_Pool.__struct_fields__)
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes from `1073741824`, "1Gi", "500MB"; ValueError says what is accepted."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write bytes, or a number with Ki Mi Gi Ti or K M G T")
+    number, unit = match.groups()
+    base = 1024 if (unit or "").endswith("i") else 1000
+    power = " KMGTPE".index(unit[0]) if unit else 0
+    return int(float(number) * base**power) if "." in number else int(number) * base**power
+
+
+def parse_duration(value: str | int) -> float:
+    """Seconds from `90`, "90s", "15m", "24h", "7d"; ValueError says what is accepted."""
+    match = _DURATION.fullmatch(str(value).strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a duration: write a number with s, m, h or d")
+    return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def parse_reserved(value: str | int) -> Reserved:
+    """A share ("5%") or bytes ("10Gi"); ValueError says what is accepted."""
+    text = str(value).strip()
+    if not text.endswith("%"):
+        return Reserved(bytes=parse_size(value))
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ValueError(f'{value!r} is not a share: write a percentage from "0%" to "99%"')
+    return Reserved(share=share)
+
+
+def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
+    where = f"{name}: [pools.{pool}]"
+    if not POOL_NAME.fullmatch(pool):
+        raise ConfigurationError(f"{where}: a pool's name is a letter and up to 15 letters or digits, lower case")
+    common = {key: value for key, value in table.items() if key in _Pool.__struct_fields__}
+    parsed = _convert(common, _Pool, where)
+    if not parsed.root.startswith("/"):
+        raise ConfigurationError(f"{where} root {parsed.root!r}: give the absolute path of the pool's directory")
+    return PoolConfig(
+        name=pool,
+        backend=parsed.backend,
+        root=Path(parsed.root),
+        reserved=_at(f"{where} reserved", parse_reserved, parsed.reserved),
+        retention_s=_at(f"{where} retention", parse_duration, parsed.retention),
+        classes=tuple(parsed.classes),
+        static_roots=tuple(_absolute(f"{where} static_roots", root) for root in parsed.static_roots),
+        mounted=parsed.mounted,
+        options={key: value for key, value in table.items() if key not in common},
+        where=where,
+    )
+
+
+def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None:
+    if not _DRIVER_NAME.fullmatch(file.driver_name):
+        raise ConfigurationError(
+            f"{name}: driver_name {file.driver_name!r}: at most 63 letters, digits, '-' and '.', like {DRIVER_NAME}"
+        )
+    if file.default_pool and file.default_pool not in pools:
+        raise ConfigurationError(
+            f"{name}: default_pool {file.default_pool!r}: no such pool; configured: {', '.join(sorted(pools))}"
+        )
+    for tag in file.retired_tags:
+        if not _TAG.fullmatch(tag):
+            raise ConfigurationError(
+                f"{name}: retired_tags {tag!r}: give the 8 hex digits in the middle of the lost volumes' ids"
+            )
+    if not 1 <= file.workers <= 256:
+        raise ConfigurationError(f"{name}: workers {file.workers}: give a number from 1 to 256")
+    if file.max_volumes_per_node < 0:
+        raise ConfigurationError(f"{name}: max_volumes_per_node {file.max_volumes_per_node}: give 0 (found out) or more")
+    _check_roots(pools, name)
+
+
+def _check_roots(pools: Mapping[str, PoolConfig], name: str) -> None:
+    """Pools must not lie in one another: one's volumes would be the other's data."""
+    for one in pools.values():
+        for other in pools.values():
+            if one is not other and (one.root == other.root or other.root in one.root.parents):
+                raise ConfigurationError(
+                    f"{name}: [pools.{one.name}] root {str(one.root)!r} is the root of [pools.{other.name}] "
+                    "or lies in it: give each pool a directory of its own"
+                )
+
+
+def _convert(raw: dict[str, Any], kind: type[S], where: str, also_known: tuple[str, ...] = ()) -> S:
+    unknown = raw.keys() - set(kind.__struct_fields__)
+    if unknown:
+        message = unknown_keys(where, unknown, {*kind.__struct_fields__, *also_known})
+        raise ConfigurationError(f"{message}; correct or remove it")
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{where}: {error}".replace("`$.", "`")) from error
+
+
+def _at(where: str, reader: Callable[[str | int], V], value: str | int) -> V:
+    try:
+        return reader(value)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def _absolute(where: str, path: str) -> Path:
+    if not path.startswith("/") or path == "/" or ".." in Path(path).parts:
+        raise ConfigurationError(f"{where} {path!r}: give the absolute path of a directory, without '..', not '/'")
+    return Path(path)

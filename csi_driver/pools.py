@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All pools of one driver: which one a volume is in, which ones may take a new one."""
+
+from collections.abc import Iterator, Mapping
+
+from csi_driver.catalog import Home
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
+from csi_driver.model import VolumeId
+from csi_driver.pool import Pool
+
+
+class Pools:
+    """The pools by name, in the order of the configuration."""
+
+    def __init__(
+        self, pools: Mapping[str, Pool], default_pool: str = "", retired_tags: frozenset[str] = frozenset()
+    ) -> None:
+        self._pools = dict(pools)
+        self._default_pool = default_pool
+        self._retired_tags = retired_tags
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self._pools.values())
+
+    def find(self, volume_id: str) -> tuple[Pool, Home] | None:
+        """The pool and home of a volume, or None."""
+        parsed = VolumeId.find(volume_id)
+        pool = self._pools.get(parsed.pool) if parsed else None
+        home = pool.catalog.find(volume_id) if pool else None
+        return (pool, home) if pool and home else None
+
+    def get(self, volume_id: str) -> tuple[Pool, Home]:
+        """The pool and home of a volume.
+
+        Raises:
+            NotFound: there is none on this node.
+        """
+        found = self.find(volume_id)
+        if found is None:
+            raise NotFound(f"volume {volume_id!r}: does not exist on this node (pools: {', '.join(self._pools)})")
+        return found
+
+    def find_name(self, name: str) -> tuple[Pool, Home] | None:
+        """The volume of this name, in whichever pool it is."""
+        for pool in self:
+            home = pool.catalog.find(pool.id_of(name))
+            if home is not None:
+                return pool, home
+        return None
+
+    def named_of(self, volume_id: str) -> Pool | None:
+        """The pool that a volume of this id would be in, whether it exists or not; None for foreign ids."""
+        parsed = VolumeId.find(volume_id)
+        pool = self._pools.get(parsed.pool) if parsed else None
+        return pool if pool and parsed and pool.catalog.tag == parsed.tag else None
+
+    def check_foreign(self, volume_id: str) -> None:
+        """For a volume that is to be deleted and is not here: make sure that it is nowhere.
+
+        Raises:
+            FailedPrecondition: its id names a pool this driver does not have, so it may exist there.
+        """
+        parsed = VolumeId.find(volume_id)
+        if parsed is None or parsed.tag in self._retired_tags:
+            return
+        if self.named_of(volume_id) is not None:
+            return
+        raise FailedPrecondition(
+            f"volume {volume_id!r}: belongs to a pool with tag {parsed.tag} that this node does not have: delete it "
+            f"where that pool is, or, when the pool is gone for good, add {parsed.tag!r} to retired_tags"
+        )
+
+    def candidates(self, parameters: Mapping[str, str]) -> list[Pool]:
+        """The pools that may take a volume with these parameters, the one with most room first.
+
+        Raises:
+            InvalidArgument: `pool` or `type` names nothing that is configured here.
+        """
+        name, label = parameters.get("pool", ""), parameters.get("type", "")
+        if name:
+            chosen = [self.named(name)]
+            if label and label not in chosen[0].config.classes:
+                raise invalid("parameters.type", label, f"pool {name!r} does not carry it; leave one of the two out")
+            return chosen
+        if label:
+            chosen = [pool for pool in self if label in pool.config.classes]
+            if not chosen:
+                known = sorted({known for pool in self for known in pool.config.classes})
+                raise invalid("parameters.type", label, f"no pool here carries it; types: {', '.join(known) or 'none'}")
+        else:
+            chosen = self._defaults()
+        return sorted(chosen, key=lambda pool: pool.space.available(), reverse=True)
+
+    def named(self, name: str, field: str = "parameters.pool") -> Pool:
+        """The pool of this name.
+
+        Raises:
+            InvalidArgument: there is none.
+        """
+        pool = self._pools.get(name)
+        if pool is None:
+            raise invalid(field, name, f"no such pool on this node; pools: {', '.join(sorted(self._pools))}")
+        return pool
+
+    def _defaults(self) -> list[Pool]:
+        """Without `pool` and `type`: the configured default, the only pool, or any that keeps sizes."""
+        if self._default_pool:
+            return [self._pools[self._default_pool]]
+        enforcing = [pool for pool in self if pool.backend.features.enforces_capacity]
+        if not enforcing and len(self._pools) > 1:
+            raise InvalidArgument(
+                "parameters.pool: missing, and no pool here enforces sizes: name one of "
+                f"{', '.join(sorted(self._pools))}"
+            )
+        return enforcing or list(self)
