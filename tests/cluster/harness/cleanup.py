@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remove all that a cluster made, whole or half, running or crashed; repeatable."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from tests.cluster.harness import control_plane, layout, node, processes
+from tests.cluster.harness.processes import run
+
+# kubelet sets these for the whole machine.
+SYSCTLS = tuple(
+    Path("/proc/sys") / name for name in ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops")
+)
+
+
+def save_sysctls() -> None:
+    layout.SAVED_SYSCTLS.write_text(json.dumps({str(path): path.read_text().strip() for path in SYSCTLS}))
+
+
+def remove_all() -> None:
+    nodes = layout.existing_nodes()
+    for one in nodes:
+        stop_node(one)
+    for component in control_plane.COMPONENTS:
+        processes.kill(component)
+    for one in nodes:
+        run("ip", "netns", "delete", one.network_namespace, check=False)
+        run("ip", "link", "delete", one.interface, check=False)
+    run("ip", "link", "delete", layout.BRIDGE, check=False)
+    _restore_sysctls()
+    shutil.rmtree(layout.ETCD_DATA, ignore_errors=True)
+    shutil.rmtree(layout.ROOT, ignore_errors=True)
+
+
+def stop_node(one: layout.Node) -> None:
+    """The power cut: every process and mount of the node is gone; its disks stay."""
+    processes.kill(f"{one.name}-init")
+    processes.kill(one.name)
+    detach_loop_devices(one)
+    for group in node.cgroup_directories(one):
+        _remove_cgroup(group)
+
+
+def detach_loop_devices(one: layout.Node) -> None:
+    """Detach the loop devices over the node's disks and over files on these disks.
+
+    A volume's loop device outlives its mount when its driver was killed, and keeps the disk below busy.
+    """
+    deadline = time.monotonic() + 20
+    while remaining := _loop_devices(one):
+        for device in reversed(remaining):  # upper ones first
+            subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"loop devices of {one.name} cannot be detached: {' '.join(remaining)}")
+        time.sleep(0.1)
+
+
+def _loop_devices(one: layout.Node) -> list[str]:
+    columns = "NAME,MAJ:MIN,BACK-FILE,BACK-MAJ:MIN"
+    listed = run("losetup", "--list", "--json", "--output", columns)
+    rows = json.loads(listed)["loopdevices"] if listed.strip() else []
+    lower = [row for row in rows if str(row["back-file"]).startswith(f"{one.directory}/")]
+    disks = {row["maj:min"].strip() for row in lower}
+    upper = [row for row in rows if str(row["back-maj:min"]).strip() in disks]
+    return [row["name"] for row in lower + upper]
+
+
+def _remove_cgroup(group: Path) -> None:
+    def removed() -> bool:
+        for directory in sorted(group.rglob("*/"), reverse=True):
+            _try_rmdir(directory)
+        _try_rmdir(group)
+        _try_rmdir(group.parent)
+        return not group.exists()
+
+    processes.wait_until(removed, f"the control group {group} to be empty", timeout_s=20)
+
+
+def _try_rmdir(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError:
+        return  # busy for a moment after its processes ended: the caller looks again
+
+
+def _restore_sysctls() -> None:
+    if layout.SAVED_SYSCTLS.exists():
+        for path, value in json.loads(layout.SAVED_SYSCTLS.read_text()).items():
+            Path(path).write_text(value)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring a cluster up, take it down, say how it is: the order of things, nothing of their detail."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.cluster.harness import (
+    certificates,
+    cleanup,
+    control_plane,
+    images,
+    layout,
+    node,
+    prerequisites,
+    processes,
+    programs,
+)
+from tests.cluster.harness.layout import Node
+from tests.cluster.harness.processes import run
+
+
+def build() -> list[Path]:
+    """Everything a cluster is made of; returns the image archives."""
+    prerequisites.check()
+    programs.build_all()
+    return images.build_all()
+
+
+def up(count: int) -> None:
+    archives = build()
+    if is_up(count):
+        return print(usage())
+    cleanup.remove_all()  # what a crash or another size of cluster left
+    try:
+        _start([Node(number) for number in range(1, count + 1)], archives)
+    except BaseException:
+        print(tails())
+        raise
+    print(usage())
+
+
+def down() -> None:
+    cleanup.remove_all()
+
+
+def is_up(count: int) -> bool:
+    if len(layout.existing_nodes()) != count or not all(map(processes.find, control_plane.COMPONENTS)):
+        return False
+    nodes = layout.existing_nodes()
+    return all(processes.find(f"{one.name}-init") for one in nodes) and all(map(_is_ready, nodes))
+
+
+def load(archives: list[Path]) -> None:
+    for archive in archives:
+        _for_all(layout.existing_nodes(), lambda one, archive=archive: node.load_image(one, archive))  # type: ignore[misc]
+
+
+def power_cut(one: Node) -> None:
+    """The node loses its power and comes back: processes and mounts are gone, disks are not."""
+    cleanup.stop_node(one)
+    node.start(one)
+    node.allow_kubelet(one)
+
+
+def usage() -> str:
+    return "\n".join(
+        (
+            run("kubectl", "get", "nodes").strip(),
+            "",
+            f"export KUBECONFIG={layout.KUBECONFIG} PATH={programs.bin_directory()}:$PATH",
+            "tests/cluster/cluster node-exec 1 COMMAND   # in the namespaces of a node",
+            "tests/cluster/cluster load IMAGE.tar        # into containerd of every node",
+            f"tests/cluster/cluster logs                  # the end of each log below {layout.ROOT}",
+            "tests/cluster/cluster down",
+        )
+    )
+
+
+def log_files() -> list[Path]:
+    return sorted([*layout.LOGS.glob("*.log"), *layout.ROOT.glob("node*/log/*.log")])
+
+
+def tails(lines: int = 15) -> str:
+    """The end of every component's log, for the reader of a failure."""
+    parts = []
+    for file in log_files():
+        end = "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
+        parts.append(f"==> {file}\n{end}\n")
+    return "\n".join(parts)
+
+
+def _start(nodes: list[Node], archives: list[Path]) -> None:
+    begin = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - begin:5.1f} s  {what}", flush=True)
+
+    layout.ROOT.mkdir(parents=True)
+    cleanup.save_sysctls()
+    certificates.make_all(nodes)
+    control_plane.start_network()
+    control_plane.start_api()
+    say("etcd and API server started")
+    _for_all(nodes, node.start)
+    say(f"{len(nodes)} node(s) with containerd started")
+    load(archives)
+    say(f"{len(archives)} images loaded")
+    control_plane.wait_for_api()
+    control_plane.start_controllers()
+    say("API server ready, controllers started")
+    _for_all(nodes, node.allow_kubelet)
+    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=120)
+    processes.wait_until(_has_default_account, "the default service account", timeout_s=60)
+    say("nodes Ready")
+
+
+def _for_all(nodes: list[Node], action: Callable[[Node], None]) -> None:
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        list(pool.map(action, nodes))
+
+
+def _is_ready(one: Node) -> bool:
+    path = '{.status.conditions[?(@.type=="Ready")].status}'
+    return run("kubectl", "get", "node", one.name, "-o", f"jsonpath={path}", check=False) == "True"
+
+
+def _has_default_account() -> bool:
+    return run("kubectl", "get", "serviceaccount", "default", "-o", "name", check=False) != ""

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver's image, built from the repository's Dockerfile without an engine and without a registry.
+
+buildah runs the Dockerfile in a chroot, on a Debian base that mmdebstrap makes and that is tagged as the
+Dockerfile's FROM line names it. The base carries this machine's certificates and pip configuration, so
+that the build reaches what this machine reaches, and nothing else that debian:bookworm-slim has not.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from tests.cluster.harness import programs
+from tests.cluster.harness.processes import environment
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+DOCKERFILE = REPOSITORY / "Dockerfile"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+PIP_CONFIGURATIONS = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf")
+STORAGE = programs.cache_directory() / "buildah"
+
+
+def build(name: str) -> Path:
+    """Build the image `name` and return its archive for `ctr images import`."""
+    STORAGE.mkdir(parents=True, exist_ok=True)
+    base = _base_image_name()
+    if _buildah("images", "--quiet", "--filter", f"reference={base}", check=False).strip() == "":
+        _make_base(base)
+    print(f"building {name}", flush=True)
+    options = ["--layers", "--network", "host", "--pull-never", "--tag", name]
+    _buildah("bud", *options, os.fspath(REPOSITORY), log="build-image.log")
+    archive = programs.cache_directory() / "images" / "driver.tar"
+    archive.parent.mkdir(exist_ok=True)
+    archive.unlink(missing_ok=True)
+    _buildah("push", "--quiet", name, f"docker-archive:{archive}:{name}")
+    return archive
+
+
+def _base_image_name() -> str:
+    names = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)
+    return f"docker.io/library/{names[0]}" if "/" not in names[0] else str(names[0])
+
+
+def _make_base(name: str) -> None:
+    print(f"making {name} by mmdebstrap (about a minute, once)", flush=True)
+    archive = STORAGE / "base.tar"
+    suite = name.rpartition(":")[2].removesuffix("-slim")
+    _run(["mmdebstrap", "--quiet", "--variant=minbase", suite, os.fspath(archive)], log="build-base.log")
+    container = _buildah("from", "scratch").strip()
+    _buildah("add", container, os.fspath(archive), "/")
+    if CERTIFICATES.exists():
+        _buildah("copy", container, os.fspath(CERTIFICATES), os.fspath(CERTIFICATES))
+    for file in filter(Path.exists, PIP_CONFIGURATIONS):
+        _buildah("copy", container, os.fspath(file), "/etc/pip.conf")
+    _buildah("commit", "--quiet", "--rm", container, name)
+    archive.unlink()
+
+
+def _buildah(*arguments: str, log: str | None = None, check: bool = True) -> str:
+    where = ["--root", os.fspath(STORAGE / "root"), "--runroot", os.fspath(STORAGE / "run")]
+    return _run(["buildah", *where, "--storage-driver", "vfs", *arguments], log=log, check=check)
+
+
+def _run(command: list[str], log: str | None = None, check: bool = True) -> str:
+    done = subprocess.run(
+        command,
+        env=environment() | {"BUILDAH_ISOLATION": "chroot"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if log is not None:
+        path = programs.cache_directory() / "log" / log
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(done.stdout + done.stderr)
+    if check and done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
