@@ -51,8 +51,7 @@ test-soak: setup-test  ## many clients, and a driver killed every few seconds (r
 
 .PHONY: sanity
 sanity: setup-test  ## csi-sanity against a served driver (root, Go; BACKEND=image|directory|btrfs)
-	@tools/csi-sanity
-	@$(BIN)/python tests/sanity/run.py --backend $(BACKEND)
+	@$(BIN)/python -m tests.sanity.run --backend $(BACKEND)
 
 ##@ Measure
 
