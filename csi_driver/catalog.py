@@ -87,7 +87,9 @@ class Catalog:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             root_fd = files.open_directory(root.resolve())
         except OSError as error:
-            raise ConfigurationError(f"pool root {root}: cannot be opened or made: {error.strerror}") from error
+            raise ConfigurationError(
+                f"pool root {root}: cannot be opened or made: {error.strerror}"
+            ) from error
         lock_fd = files.lock(root_fd, LOCK_FILE)
         if lock_fd is None:
             os.close(root_fd)
@@ -240,7 +242,9 @@ def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
         files.write_atomic(root_fd, POOL_FILE, msgspec.json.encode(pool))
         files.sync(root_fd)
     except msgspec.DecodeError as error:
-        raise ConfigurationError(f"{root / POOL_FILE}: damaged ({error}): restore it from a backup") from error
+        raise ConfigurationError(
+            f"{root / POOL_FILE}: damaged ({error}): restore it from a backup"
+        ) from error
     if pool.schema > SCHEMA:
         raise ConfigurationError(
             f"{root / POOL_FILE}: written by a newer version of Orlop (schema {pool.schema}, this one knows "
@@ -264,7 +268,9 @@ def _raw(home: Home) -> dict[str, Any]:
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise Error(f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}") from error
+        raise Error(
+            f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}"
+        ) from error
 
 
 def _decode(raw: dict[str, Any], home: Home) -> Record:
@@ -277,7 +283,9 @@ def _decode(raw: dict[str, Any], home: Home) -> Record:
     try:
         return msgspec.convert(raw, Record)
     except msgspec.ValidationError as error:
-        raise Error(f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}") from error
+        raise Error(
+            f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}"
+        ) from error
 
 
 def _encode(record: Record) -> bytes:

@@ -122,7 +122,9 @@ def parse(text: str, name: str = "configuration") -> Config:
         raise ConfigurationError(f"{name}: not valid TOML: {error}") from error
     file = _convert(raw, _File, name)
     if not file.pools:
-        raise ConfigurationError(f"{name}: no pool is configured: add a table [pools.NAME] with at least a root")
+        raise ConfigurationError(
+            f"{name}: no pool is configured: add a table [pools.NAME] with at least a root"
+        )
     pools = {pool: _pool(pool, table, name) for pool, table in file.pools.items()}
     _check_file(file, pools, name)
     return Config(
@@ -187,11 +189,15 @@ def parse_reserved(value: str | int) -> Reserved:
 def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
     where = f"{name}: [pools.{pool}]"
     if not POOL_NAME.fullmatch(pool):
-        raise ConfigurationError(f"{where}: a pool's name is a letter and up to 15 letters or digits, lower case")
+        raise ConfigurationError(
+            f"{where}: a pool's name is a letter and up to 15 letters or digits, lower case"
+        )
     common = {key: value for key, value in table.items() if key in _Pool.__struct_fields__}
     parsed = _convert(common, _Pool, where)
     if not parsed.root.startswith("/"):
-        raise ConfigurationError(f"{where} root {parsed.root!r}: give the absolute path of the pool's directory")
+        raise ConfigurationError(
+            f"{where} root {parsed.root!r}: give the absolute path of the pool's directory"
+        )
     return PoolConfig(
         name=pool,
         backend=parsed.backend,
@@ -223,7 +229,9 @@ def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None
     if not 1 <= file.workers <= 256:
         raise ConfigurationError(f"{name}: workers {file.workers}: give a number from 1 to 256")
     if file.max_volumes_per_node < 0:
-        raise ConfigurationError(f"{name}: max_volumes_per_node {file.max_volumes_per_node}: give 0 (found out) or more")
+        raise ConfigurationError(
+            f"{name}: max_volumes_per_node {file.max_volumes_per_node}: give 0 (found out) or more"
+        )
     _check_roots(pools, name)
 
 
@@ -258,5 +266,7 @@ def _at(where: str, reader: Callable[[str | int], V], value: str | int) -> V:
 
 def _absolute(where: str, path: str) -> Path:
     if not path.startswith("/") or path == "/" or ".." in Path(path).parts:
-        raise ConfigurationError(f"{where} {path!r}: give the absolute path of a directory, without '..', not '/'")
+        raise ConfigurationError(
+            f"{where} {path!r}: give the absolute path of a directory, without '..', not '/'"
+        )
     return Path(path)

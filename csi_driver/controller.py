@@ -11,7 +11,6 @@ from csi_driver.errors import (
     Aborted,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     ResourceExhausted,
     Unimplemented,
     invalid,
@@ -25,7 +24,6 @@ from csi_driver.model import (
     CapacityRange,
     HealthEntry,
     Parameters,
-    Record,
     Segments,
     TopologyRequirement,
     Volume,
@@ -35,13 +33,15 @@ from csi_driver.model import (
 )
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
-from csi_driver.provision import access_type_of, fits, parse_parameters, provision, unsupported
+from csi_driver.provision import access_type_of, grown_size, parse_parameters, provision, unsupported
 
 
 class Controller:
     """CSI Controller service. `segments` is this node's topology, and so that of every volume made here."""
 
-    def __init__(self, pools: Pools, locks: Locks, health: Health, segments: Segments, *, expands: bool) -> None:
+    def __init__(
+        self, pools: Pools, locks: Locks, health: Health, segments: Segments, *, expands: bool
+    ) -> None:
         self._pools = pools
         self._locks = locks
         self._health = health
@@ -123,7 +123,9 @@ class Controller:
         token = page[-1] if len(page) < len(ids) else ""
         volumes: list[Volume] = []
         for pool in self._pools:
-            homes = [pool.catalog.home(volume_id) for volume_id in page if volume_id.startswith(f"{pool.name}-")]
+            homes = [
+                pool.catalog.home(volume_id) for volume_id in page if volume_id.startswith(f"{pool.name}-")
+            ]
             volumes.extend(self._listed(pool, homes))
         return sorted(volumes, key=lambda volume: volume.id), token
 
@@ -167,9 +169,13 @@ class Controller:
             pool, home = self._pools.get(volume_id)
             record = pool.catalog.read(home)
             if capability is not None and capability.access_type is not record.access_type:
-                raise invalid("volume_capability", capability.access_type, f"it is a {record.access_type} volume")
+                raise invalid(
+                    "volume_capability", capability.access_type, f"it is a {record.access_type} volume"
+                )
             size_bytes = grown_size(pool, record, wanted, pool.size_bytes(home))
-            return pool.grow(home, record, size_bytes), record.fs_type != "" and record.access_type is AccessType.MOUNT
+            return pool.grow(
+                home, record, size_bytes
+            ), record.fs_type != "" and record.access_type is AccessType.MOUNT
 
     def volume_health(self, volume_id: str) -> list[HealthEntry]:
         """What is wrong with a volume; empty when nothing is known to be.
@@ -179,7 +185,9 @@ class Controller:
         pool, home = self._pools.get(volume_id)
         return self._health.of_volume(pool, home)
 
-    def list_health(self, max_entries: int, starting_token: str) -> tuple[list[tuple[str, list[HealthEntry]]], str]:
+    def list_health(
+        self, max_entries: int, starting_token: str
+    ) -> tuple[list[tuple[str, list[HealthEntry]]], str]:
         """A page of the volumes with something wrong, in id order.
 
         CSI: ControllerListVolumeHealth.
@@ -220,7 +228,9 @@ class Controller:
         ids = sorted(volume_id for pool in self._pools for volume_id in pool.catalog.ids())
         return [volume_id for volume_id in ids if volume_id > token] if token else ids
 
-    def _room(self, pool: Pool, capabilities: tuple[Capability, ...], parameters: Mapping[str, str]) -> Capacity | None:
+    def _room(
+        self, pool: Pool, capabilities: tuple[Capability, ...], parameters: Mapping[str, str]
+    ) -> Capacity | None:
         if not pool.is_present():
             return None
         if not capabilities and not parameters:
@@ -253,18 +263,3 @@ class Controller:
                 raise ResourceExhausted(
                     f"parameters.{parameter} {wanted!r}: this node's {label} is {have or 'not configured'!r}"
                 )
-
-
-def grown_size(pool: Pool, record: Record, wanted: CapacityRange, now: int) -> int:
-    """The size to grow a volume to, never smaller than it is.
-
-    Raises:
-        OutOfRange: it is larger than the limit already, or than can be made.
-    """
-    if fits(now, wanted) and (now or not wanted.required_bytes):
-        return now
-    if wanted.limit_bytes and now > wanted.limit_bytes:
-        raise OutOfRange(
-            f"capacity_range.limit_bytes {wanted.limit_bytes}: the volume has {now} bytes, and volumes never shrink"
-        )
-    return pool.size_limits(record.access_type, pool.parameters(record)).resolve(wanted)

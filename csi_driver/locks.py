@@ -26,7 +26,9 @@ class Locks:
         with self._guard:
             busy = wanted & self._held
             if busy:
-                raise Aborted(f"another call is working on {', '.join(sorted(busy))}: repeat when it has ended")
+                raise Aborted(
+                    f"another call is working on {', '.join(sorted(busy))}: repeat when it has ended"
+                )
             self._held |= wanted
         try:
             yield

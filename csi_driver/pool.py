@@ -81,7 +81,9 @@ class Pool:
         """The sizes that can be made here."""
         return self.backend.size_limits(access_type, parameters)
 
-    def capacity(self, access_type: AccessType = AccessType.MOUNT, parameters: Parameters | None = None) -> Capacity:
+    def capacity(
+        self, access_type: AccessType = AccessType.MOUNT, parameters: Parameters | None = None
+    ) -> Capacity:
         """Room for volumes with these parameters. O(1), no subprocess."""
         parameters = parameters or Parameters()
         limits = self.backend.size_limits(access_type, parameters)
@@ -201,7 +203,9 @@ class Pool:
         except BaseException as failure:
             if self.catalog.find(record.id) is not None:
                 # Only the last sync failed: the volume stands, and a repeat finds it or not.
-                raise Aborted(f"volume {record.id!r}: made, but not surely on disk ({failure}): repeat") from failure
+                raise Aborted(
+                    f"volume {record.id!r}: made, but not surely on disk ({failure}): repeat"
+                ) from failure
             try:
                 self._discard(home)
             except (OSError, Error) as error:

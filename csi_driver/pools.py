@@ -37,7 +37,9 @@ class Pools:
         """
         found = self.find(volume_id)
         if found is None:
-            raise NotFound(f"volume {volume_id!r}: does not exist on this node (pools: {', '.join(self._pools)})")
+            raise NotFound(
+                f"volume {volume_id!r}: does not exist on this node (pools: {', '.join(self._pools)})"
+            )
         return found
 
     def find_name(self, name: str) -> tuple[Pool, Home] | None:
@@ -80,13 +82,17 @@ class Pools:
         if name:
             chosen = [self.named(name)]
             if label and label not in chosen[0].config.classes:
-                raise invalid("parameters.type", label, f"pool {name!r} does not carry it; leave one of the two out")
+                raise invalid(
+                    "parameters.type", label, f"pool {name!r} does not carry it; leave one of the two out"
+                )
             return chosen
         if label:
             chosen = [pool for pool in self if label in pool.config.classes]
             if not chosen:
                 known = sorted({known for pool in self for known in pool.config.classes})
-                raise invalid("parameters.type", label, f"no pool here carries it; types: {', '.join(known) or 'none'}")
+                raise invalid(
+                    "parameters.type", label, f"no pool here carries it; types: {', '.join(known) or 'none'}"
+                )
         else:
             chosen = self._defaults()
         return sorted(chosen, key=lambda pool: pool.space.available(), reverse=True)

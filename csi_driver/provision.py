@@ -46,7 +46,9 @@ def provision(pools: Pools, request: VolumeRequest) -> tuple[Pool, Home]:
     raise failure
 
 
-def parse_parameters(pool: Pool, request_parameters: Mapping[str, str], capabilities: tuple[Capability, ...]) -> Parameters:
+def parse_parameters(
+    pool: Pool, request_parameters: Mapping[str, str], capabilities: tuple[Capability, ...]
+) -> Parameters:
     """The parameters and capabilities as the pool's backend understands them.
 
     Raises:
@@ -56,7 +58,9 @@ def parse_parameters(pool: Pool, request_parameters: Mapping[str, str], capabili
     own = {key: value for key, value in request_parameters.items() if key not in PLACEMENT_KEYS}
     fs_types = {capability.fs_type for capability in capabilities if capability.fs_type}
     if len(fs_types) > 1:
-        raise invalid("volume_capabilities.fs_type", ", ".join(sorted(fs_types)), "a volume has one filesystem")
+        raise invalid(
+            "volume_capabilities.fs_type", ", ".join(sorted(fs_types)), "a volume has one filesystem"
+        )
     return pool.backend.parse(own, access_type, fs_types.pop() if fs_types else "")
 
 
@@ -68,7 +72,9 @@ def access_type_of(capabilities: tuple[Capability, ...]) -> AccessType:
     """
     kinds = {capability.access_type for capability in capabilities}
     if len(kinds) != 1:
-        raise InvalidArgument("volume_capabilities: both block and mount are asked for: a volume is one of them")
+        raise InvalidArgument(
+            "volume_capabilities: both block and mount are asked for: a volume is one of them"
+        )
     return kinds.pop()
 
 
@@ -81,7 +87,9 @@ def unsupported(pool: Pool, capabilities: tuple[Capability, ...]) -> str:
         block = capability.access_type is AccessType.BLOCK
         modes = features.block_access_modes if block else features.access_modes
         if capability.access_mode not in modes:
-            return f"pool {pool.name!r} ({pool.config.backend}) cannot do access mode {capability.access_mode}"
+            return (
+                f"pool {pool.name!r} ({pool.config.backend}) cannot do access mode {capability.access_mode}"
+            )
     return ""
 
 
@@ -89,7 +97,24 @@ def fits(size_bytes: int, wanted: CapacityRange) -> bool:
     """Whether a volume of this size satisfies the request (0: it enforces none, and satisfies any)."""
     if not size_bytes:
         return True
-    return wanted.required_bytes <= size_bytes and (not wanted.limit_bytes or size_bytes <= wanted.limit_bytes)
+    return wanted.required_bytes <= size_bytes and (
+        not wanted.limit_bytes or size_bytes <= wanted.limit_bytes
+    )
+
+
+def grown_size(pool: Pool, record: Record, wanted: CapacityRange, now: int) -> int:
+    """The size to grow a volume to, never smaller than it is.
+
+    Raises:
+        OutOfRange: it is larger than the limit already, or than can be made.
+    """
+    if fits(now, wanted) and (now or not wanted.required_bytes):
+        return now
+    if wanted.limit_bytes and now > wanted.limit_bytes:
+        raise OutOfRange(
+            f"capacity_range.limit_bytes {wanted.limit_bytes}: the volume has {now} bytes, and volumes never shrink"
+        )
+    return pool.size_limits(record.access_type, pool.parameters(record)).resolve(wanted)
 
 
 def _create(pool: Pool, request: VolumeRequest) -> Home:
@@ -121,7 +146,9 @@ def _check_same(pool: Pool, home: Home, request: VolumeRequest, candidates: list
     taken = f"name {request.name!r}: a volume of this name exists as {home.id}"
     if pool not in candidates or record.parameters != dict(request.parameters):
         raise AlreadyExists(f"{taken}, made in pool {pool.name!r} with parameters {record.parameters}")
-    if record.access_type is not access_type_of(request.capabilities) or unsupported(pool, request.capabilities):
+    if record.access_type is not access_type_of(request.capabilities) or unsupported(
+        pool, request.capabilities
+    ):
         raise AlreadyExists(f"{taken}, as a {record.access_type} volume: it cannot be used as asked")
     fs_type = parse_parameters(pool, request.parameters, request.capabilities).fs_type
     if record.fs_type != fs_type:

@@ -14,7 +14,16 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from csi_driver.catalog import Home
-from csi_driver.model import AccessMode, AccessType, Parameters, SizeLimits, Stats, VolumeSpec
+from csi_driver.model import (
+    AccessMode,
+    AccessType,
+    HealthEntry,
+    Parameters,
+    Record,
+    SizeLimits,
+    Stats,
+    VolumeSpec,
+)
 
 PAYLOAD_DIRECTORY = "data"
 PAYLOAD_IMAGE = "image"
@@ -147,10 +156,10 @@ class Backend(Protocol):
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         """How much of the store a volume of this size may take in the end."""
 
-    def attach(self, home: Home, *, readonly: bool = False) -> Attachment:
+    def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Attachment:
         """Make the payload usable on this node. Repeatable: an attachment that stands is found and given back."""
 
-    def find_attached(self, home: Home, *, readonly: bool = False) -> Attachment | None:
+    def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Attachment | None:
         """The attachment that stands now, without making one."""
 
     def detach(self, home: Home) -> None:
@@ -162,6 +171,9 @@ class Backend(Protocol):
 
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         """Volume id to what in the kernel holds it (a loop device, a mount), for those that are in use."""
+
+    def health(self, home: Home, record: Record) -> list[HealthEntry]:
+        """What the kernel and the store know to be wrong with the payload."""
 
     def stats(self, home: Home, mounted: int) -> Stats:
         """Usage of a published filesystem volume; `mounted` is an fd of the directory the pod sees."""

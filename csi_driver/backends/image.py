@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes as files behind loop devices: a filesystem of its own, or a raw device, as large as it says.
+
+Works on any filesystem. Thick by default: every block is allocated in CreateVolume, so neither the pool nor a
+neighbour can take it away. Formatted once, there, while nobody else can see it.
+"""
+
+import errno
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+from csi_driver.linux.filesystem import FILESYSTEMS
+
+from csi_driver.backends import parameters as common
+from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features, Store
+from csi_driver.catalog import Home
+from csi_driver.config import PoolConfig, read_options
+from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
+from csi_driver.linux import files, filesystem, loop, mount, run
+from csi_driver.model import (
+    KIB,
+    MIB,
+    TIB,
+    AccessType,
+    HealthEntry,
+    HealthStatus,
+    Parameters,
+    Record,
+    SizeLimits,
+    Stats,
+    VolumeSpec,
+)
+
+SECTOR_BYTES = 4 * KIB
+"""Logical sector of a device that holds a filesystem: every pool filesystem can do direct I/O at it."""
+
+SMALLEST_DEVICE = MIB
+LARGEST = 16 * TIB
+MKFS_OPTIONS, PROVISIONING = "mkfsOptions", "provisioning"
+THICK, THIN = "thick", "thin"
+
+
+class ImageOptions(msgspec.Struct, frozen=True):
+    """The keys of a pool with `backend = "image"`."""
+
+    provisioning: Literal["thick", "thin"] = "thick"
+    overcommit: float = 1.0
+    """How many times the pool's room thin volumes may promise together; at least 1."""
+    fs_type: Literal["ext4", "xfs", "btrfs"] = "ext4"
+    direct_io: bool = True
+
+
+class ImageBackend:
+    """See `base.Backend` for what each method promises."""
+
+    def __init__(self, pool: PoolConfig) -> None:
+        self._pool = pool
+        self._options = read_options(pool, ImageOptions)
+        if self._options.overcommit < 1:
+            raise ConfigurationError(f"{pool.where} overcommit {self._options.overcommit}: give 1 or more")
+        self._loops: dict[tuple[str, bool], int] = {}
+
+    @property
+    def features(self) -> Features:
+        return Features(
+            access_types=frozenset(AccessType),
+            access_modes=NODE_MODES,
+            block_access_modes=NODE_MODES,
+            stages=True,
+        )
+
+    def check(self) -> None:
+        problem = loop.unavailable()
+        if problem:
+            raise ConfigurationError(f"{self._pool.where}: {problem}")
+        tool = FILESYSTEMS[self._options.fs_type].tool
+        if not run.find_tool(tool):
+            raise ConfigurationError(f"{self._pool.where}: {run.CommandMissing(tool)}")
+
+    def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
+        parsed = common.parse(parameters, fs_type, own=(MKFS_OPTIONS, PROVISIONING))
+        parsed = replace(parsed, thin=self._thin(parameters))
+        options = parameters.get(MKFS_OPTIONS, "")
+        if access_type is AccessType.BLOCK:
+            return _checked_block(parsed, options)
+        chosen = parsed.fs_type or self._options.fs_type
+        if chosen not in FILESYSTEMS:
+            raise invalid("fsType", chosen, f"volumes can be formatted with {', '.join(FILESYSTEMS)}")
+        try:
+            mkfs_options = tuple(filesystem.parse_options(chosen, options))
+        except ValueError as error:
+            raise invalid(f"parameters.{MKFS_OPTIONS}", options, str(error)) from error
+        return replace(parsed, fs_type=chosen, mkfs_options=mkfs_options)
+
+    def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:
+        if access_type is AccessType.BLOCK:
+            return SizeLimits(SMALLEST_DEVICE, LARGEST, SECTOR_BYTES)
+        chosen = parameters.fs_type or self._options.fs_type
+        return SizeLimits(FILESYSTEMS[chosen].minimum_bytes, LARGEST, SECTOR_BYTES)
+
+    def make(self, home: Home, spec: VolumeSpec) -> None:
+        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            _extend(fd, 0, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
+            if spec.access_type is AccessType.MOUNT:
+                image = home.path / PAYLOAD_IMAGE
+                filesystem.make(spec.parameters.fs_type, image, spec.parameters.mkfs_options)
+            files.sync(fd)
+        finally:
+            os.close(fd)
+
+    def clear(self, home: Home) -> None:
+        """Nothing: the image goes with the home. A loop device still attached to it is a bug to be seen."""
+
+    def size_bytes(self, home: Home) -> int:
+        return self._stat(home).st_size
+
+    def grow(self, home: Home, size_bytes: int) -> int:
+        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR)
+        try:
+            before = os.fstat(fd).st_size
+            if before < size_bytes:
+                _extend(fd, before, size_bytes, thin=_is_thin(os.fstat(fd)), name=home.id)
+                files.sync(fd)
+            for attached in loop.find(fd):
+                loop.refresh_size(attached)
+            return os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
+    def store(self) -> Store:
+        usage = files.usage(self._pool.root)
+        return Store(usage.total_bytes, usage.free_bytes)
+
+    def written_bytes(self, home: Home) -> int:
+        try:
+            return self._stat(home).st_blocks * 512
+        except FileNotFoundError:
+            return 0  # died before its image was made
+
+    def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
+        return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes
+
+    def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Device:
+        standing = self.find_attached(home, record, readonly=readonly)
+        if standing is not None:
+            return standing
+        fd = home.open(PAYLOAD_IMAGE, os.O_RDONLY if readonly else os.O_RDWR)
+        try:
+            sector_size = SECTOR_BYTES
+            if record.access_type is AccessType.BLOCK:
+                # What programs expect of a raw device, unless direct I/O on this pool needs larger ones.
+                sector_size = max(512, files.direct_io_alignment(fd) or 512)
+            direct_io = self._options.direct_io
+            attached = loop.attach(fd, readonly=readonly, direct_io=direct_io, sector_size=sector_size)
+            if not readonly and not _is_thin(os.fstat(fd)):
+                # A discard would punch holes into the image, and its blocks would be anyone's.
+                loop.disable_discard(attached)
+        finally:
+            os.close(fd)
+        self._loops[home.id, readonly] = attached.number
+        return _device(attached, record)
+
+    def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Device | None:
+        fd = home.open(PAYLOAD_IMAGE)
+        try:
+            found = self._find_loop(fd, home.id, readonly=readonly)
+        finally:
+            os.close(fd)
+        return _device(found, record) if found else None
+
+    def detach(self, home: Home) -> None:
+        try:
+            fd = home.open(PAYLOAD_IMAGE)
+        except FileNotFoundError:
+            return
+        try:
+            for attached in loop.find(fd):
+                loop.detach(attached)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise FailedPrecondition(f"volume {home.id!r}: its device is still in use: {error}") from error
+        finally:
+            os.close(fd)
+        self._loops.pop((home.id, False), None)
+        self._loops.pop((home.id, True), None)
+
+    def holders(self, homes: Sequence[Home]) -> dict[str, str]:
+        backing = {(one.backing_device, one.backing_inode): one.path for one in loop.all()}
+        held = {}
+        for home in homes:
+            try:
+                image = self._stat(home)
+            except FileNotFoundError:
+                continue
+            path = backing.get((image.st_dev, image.st_ino))
+            if path is not None:
+                held[home.id] = f"attached as {path}"
+        return held
+
+    def health(self, home: Home, record: Record) -> list[HealthEntry]:
+        try:
+            image = self._stat(home)
+        except FileNotFoundError:
+            message = f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing"
+            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", message)]
+        entries = []
+        if image.st_size < record.size_bytes:
+            message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
+            entries.append(HealthEntry(HealthStatus.DATA_LOSS, "ImageShort", message))
+        device = self.find_attached(home, record)
+        if device is not None and record.access_type is AccessType.MOUNT:
+            entries.extend(_filesystem_health(home, device))
+        return entries
+
+    def stats(self, home: Home, mounted: int) -> Stats:
+        return common.filesystem_stats(mounted)
+
+    def _thin(self, parameters: Mapping[str, str]) -> bool:
+        chosen = parameters.get(PROVISIONING, self._options.provisioning)
+        if chosen not in (THICK, THIN):
+            raise invalid(f"parameters.{PROVISIONING}", chosen, f"give {THICK!r} or {THIN!r}")
+        return chosen == THIN
+
+    def _stat(self, home: Home) -> os.stat_result:
+        return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
+
+    def _find_loop(self, fd: int, volume_id: str, *, readonly: bool) -> loop.Loop | None:
+        """The loop device over the image. The number of the last one is a hint, which the kernel confirms."""
+        image = os.fstat(fd)
+        hint = self._loops.get((volume_id, readonly))
+        likely = loop.get(hint) if hint is not None else None
+        if likely and (likely.backing_device, likely.backing_inode) == (image.st_dev, image.st_ino):
+            return likely
+        found = next((one for one in loop.find(fd) if one.readonly == readonly), None)
+        if found is not None:
+            self._loops[volume_id, readonly] = found.number
+        return found
+
+
+def _checked_block(parsed: Parameters, mkfs_options: str) -> Parameters:
+    for field, value in (("fsType", parsed.fs_type), (f"parameters.{MKFS_OPTIONS}", mkfs_options)):
+        if value:
+            raise invalid(field, value, "a block volume is not formatted; leave it out")
+    return parsed
+
+
+def _extend(fd: int, start: int, end: int, *, thin: bool, name: str) -> None:
+    """Make the image `end` bytes long; as it was when that fails."""
+    try:
+        if thin:
+            os.ftruncate(fd, end)
+        else:
+            files.allocate(fd, start, end - start)
+    except OSError as error:
+        # The kernel keeps what it got before it ran out.
+        os.ftruncate(fd, start)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"volume {name!r}: the pool's filesystem has no {end - start} bytes left"
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise ResourceExhausted(
+                f"volume {name!r}: {end} bytes are more than the pool's filesystem can have in a file"
+            ) from error
+        raise
+
+
+def _is_thin(image: os.stat_result) -> bool:
+    """Whether blocks are missing: an image that has them all keeps them all, whatever it was asked to be."""
+    return image.st_blocks * 512 < image.st_size
+
+
+def _device(attached: loop.Loop, record: Record) -> Device:
+    # xfs refuses a second filesystem of the same uuid, and a restored volume is just that.
+    options = ("nouuid",) if record.fs_type == "xfs" else ()
+    return Device(attached.path, attached.device, record.fs_type, options)
+
+
+def _filesystem_health(home: Home, device: Device) -> list[HealthEntry]:
+    entries = []
+    errors = filesystem.error_count(device.fs_type, device.number)
+    if errors:
+        message = f"volume {home.id!r}: its {device.fs_type} filesystem has counted {errors} errors: check it"
+        entries.append(HealthEntry(HealthStatus.DEGRADED, "FilesystemErrors", message))
+    source = os.fspath(device.path)
+    mounts = [one for one in mount.mounts() if one.device == device.number or one.source == source]
+    if any("ro" in one.super_options for one in mounts):
+        message = (
+            f"volume {home.id!r}: the kernel made its {device.fs_type} filesystem read-only: see its log"
+        )
+        entries.append(HealthEntry(HealthStatus.DEGRADED, "FilesystemReadOnly", message))
+    return entries

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known to be wrong with volumes and pools. Only looks; an entry stays as long as its condition does.
+
+CSI 1.13 (alpha): volume health and storage health.
+"""
+
+from csi_driver.catalog import Home
+from csi_driver.errors import Error, NotFound
+from csi_driver.linux import files
+from csi_driver.model import HealthEntry, HealthStatus, StorageEntry, StorageStatus
+from csi_driver.pool import Pool
+from csi_driver.pools import Pools
+
+
+class Health:
+    """Asks the kernel and the pools anew at every call."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+
+    def of_volume(self, pool: Pool, home: Home) -> list[HealthEntry]:
+        """The conditions of one volume; empty when nothing is known to be wrong."""
+        if not pool.is_present():
+            return [HealthEntry(HealthStatus.INACCESSIBLE, "PoolMissing", _missing(pool))]
+        try:
+            record = pool.catalog.read(home)
+        except NotFound as error:
+            return [HealthEntry(HealthStatus.DATA_LOSS, "RecordMissing", str(error))]
+        except Error as error:
+            return [HealthEntry(HealthStatus.DATA_LOSS, "RecordDamaged", str(error))]
+        return pool.backend.health(home, record)
+
+    def of_storage(self) -> list[StorageEntry]:
+        """The conditions of all pools, as this node sees them."""
+        return [entry for pool in self._pools for entry in self.of_pool(pool)]
+
+    def of_pool(self, pool: Pool) -> list[StorageEntry]:
+        """The conditions of one pool."""
+        if not pool.is_present():
+            return [_storage(pool, StorageStatus.STORAGE_UNREACHABLE, "Missing", _missing(pool))]
+        entries = []
+        if files.is_read_only(pool.catalog.root_fd):
+            message = f"pool {pool.name!r}: the filesystem at {pool.catalog.root} is read-only: see the kernel's log"
+            entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "ReadOnly", message))
+        if pool.space.available() == 0:
+            message = f"pool {pool.name!r}: has no room for another volume"
+            entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "Full", message))
+        return entries
+
+
+def _storage(pool: Pool, status: StorageStatus, reason: str, message: str) -> StorageEntry:
+    # (status, reason) must not repeat in one answer, and a node has several pools.
+    return StorageEntry(status, f"Pool{pool.name.capitalize()}{reason}", message)
+
+
+def _missing(pool: Pool) -> str:
+    return (
+        f"pool {pool.name!r}: its directory {pool.catalog.root} is not there any more: is its disk mounted?"
+    )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one background thread: removes what was deleted, and counts anew what volumes have taken.
+
+It shares nothing with calls but the pools themselves; a failure is logged and tried again at the next round.
+"""
+
+import logging
+import threading
+import time
+
+from csi_driver.errors import Error
+from csi_driver.pool import Pool
+from csi_driver.pools import Pools
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 10.0
+"""How old what `Space` knows of writes may get, in seconds."""
+
+
+class Maintenance:
+    """Runs from `start` to `stop`."""
+
+    def __init__(self, pools: Pools, refresh_s: float = REFRESH_S) -> None:
+        self._pools = pools
+        self._refresh_s = refresh_s
+        self._wake = threading.Event()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
+        for pool in pools:
+            pool.on_trash = self._wake.set
+
+    def start(self) -> None:
+        """Begin; what earlier runs left in the trash is looked at first."""
+        self._wake.set()
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End after the removal that is under way, or leave it to the next start."""
+        self._ending = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        refreshed = time.monotonic()
+        while not self._ending:
+            self._wake.wait(self._refresh_s)
+            self._wake.clear()
+            for pool in self._pools:
+                if self._ending:
+                    return
+                self._round(pool, refresh=time.monotonic() - refreshed >= self._refresh_s)
+            if time.monotonic() - refreshed >= self._refresh_s:
+                refreshed = time.monotonic()
+
+    def _round(self, pool: Pool, *, refresh: bool) -> None:
+        try:
+            pool.empty_trash()
+            if refresh:
+                pool.refresh()
+        except (OSError, Error) as error:
+            log.error(
+                "pool %s: maintenance failed, it is tried again in %g s: %s",
+                pool.name,
+                self._refresh_s,
+                error,
+            )
