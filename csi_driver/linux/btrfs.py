@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Btrfs subvolumes and their quotas by ioctl and sysfs; the btrfs binary is never run.
+
+Which subvolume is a volume, and what its limit should be, is not its business.
+
+Quotas come in two kinds. Full qgroups know what a subvolume refers to, shared or not, and pay for it at each
+commit and snapshot. Simple quotas (kernel 6.7) charge an extent to the subvolume that wrote it, for ever: cheap, never
+inconsistent, no rescan; but blocks shared by a snapshot stay charged to the subvolume that wrote them, also after that
+is deleted, and a clone starts at 0.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+from pathlib import Path
+from typing import Final, Literal
+
+from csi_driver.linux import syscall
+from csi_driver.linux.syscall import ioctl, request_code
+
+BTRFS_FIRST_FREE_OBJECTID: Final = 256
+BTRFS_SUPER_MAGIC: Final = 0x9123683E
+BTRFS_SUBVOL_RDONLY: Final = 1 << 1
+BTRFS_QUOTA_CTL_ENABLE: Final = 1
+BTRFS_QUOTA_CTL_DISABLE: Final = 2
+BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA: Final = 4
+BTRFS_QGROUP_LIMIT_MAX_RFER: Final = 1 << 0
+_UNLIMITED: Final = (1 << 64) - 1
+_MAGIC: Final = 0x94
+
+
+class VolArgs(ctypes.Structure):
+    """struct btrfs_ioctl_vol_args."""
+
+    _fields_ = [("fd", c_int64), ("name", c_char * 4088)]
+
+
+class VolArgsV2(ctypes.Structure):
+    """struct btrfs_ioctl_vol_args_v2."""
+
+    _fields_ = [
+        ("fd", c_int64),
+        ("transid", c_uint64),
+        ("flags", c_uint64),
+        ("unused", c_uint64 * 4),
+        ("name", c_char * 4040),
+    ]
+
+
+class QgroupLimit(ctypes.Structure):
+    """struct btrfs_ioctl_qgroup_limit_args, its struct btrfs_qgroup_limit inlined."""
+
+    _fields_ = [
+        ("qgroupid", c_uint64),
+        ("flags", c_uint64),
+        ("max_rfer", c_uint64),
+        ("max_excl", c_uint64),
+        ("rsv_rfer", c_uint64),
+        ("rsv_excl", c_uint64),
+    ]
+
+
+class QgroupCreate(ctypes.Structure):
+    """struct btrfs_ioctl_qgroup_create_args."""
+
+    _fields_ = [("create", c_uint64), ("qgroupid", c_uint64)]
+
+
+class QuotaCtl(ctypes.Structure):
+    """struct btrfs_ioctl_quota_ctl_args."""
+
+    _fields_ = [("cmd", c_uint64), ("status", c_uint64)]
+
+
+class FsInfo(ctypes.Structure):
+    """struct btrfs_ioctl_fs_info_args."""
+
+    _fields_ = [
+        ("max_id", c_uint64),
+        ("num_devices", c_uint64),
+        ("fsid", c_uint8 * 16),
+        ("nodesize", c_uint32),
+        ("sectorsize", c_uint32),
+        ("clone_alignment", c_uint32),
+        ("csum_type", c_uint16),
+        ("csum_size", c_uint16),
+        ("flags", c_uint64),
+        ("generation", c_uint64),
+        ("metadata_uuid", c_uint8 * 16),
+        ("reserved", c_uint8 * 944),
+    ]
+
+
+class DevInfo(ctypes.Structure):
+    """struct btrfs_ioctl_dev_info_args."""
+
+    _fields_ = [
+        ("devid", c_uint64),
+        ("uuid", c_uint8 * 16),
+        ("bytes_used", c_uint64),
+        ("total_bytes", c_uint64),
+        ("fsid", c_uint8 * 16),
+        ("unused", c_uint64 * 377),
+        ("path", c_char * 1024),
+    ]
+
+
+class InoLookup(ctypes.Structure):
+    """struct btrfs_ioctl_ino_lookup_args."""
+
+    _fields_ = [("treeid", c_uint64), ("objectid", c_uint64), ("name", c_char * 4080)]
+
+
+_W: Final = 1
+_R: Final = 2
+BTRFS_IOC_RESIZE: Final = request_code(_W, _MAGIC, 3, ctypes.sizeof(VolArgs))
+BTRFS_IOC_SUBVOL_CREATE: Final = request_code(_W, _MAGIC, 14, ctypes.sizeof(VolArgs))
+BTRFS_IOC_SNAP_DESTROY: Final = request_code(_W, _MAGIC, 15, ctypes.sizeof(VolArgs))
+BTRFS_IOC_INO_LOOKUP: Final = request_code(_R | _W, _MAGIC, 18, ctypes.sizeof(InoLookup))
+BTRFS_IOC_SNAP_CREATE_V2: Final = request_code(_W, _MAGIC, 23, ctypes.sizeof(VolArgsV2))
+BTRFS_IOC_SUBVOL_GETFLAGS: Final = request_code(_R, _MAGIC, 25, 8)
+BTRFS_IOC_SUBVOL_SETFLAGS: Final = request_code(_W, _MAGIC, 26, 8)
+BTRFS_IOC_DEV_INFO: Final = request_code(_R | _W, _MAGIC, 30, ctypes.sizeof(DevInfo))
+BTRFS_IOC_FS_INFO: Final = request_code(_R, _MAGIC, 31, ctypes.sizeof(FsInfo))
+BTRFS_IOC_QUOTA_CTL: Final = request_code(_R | _W, _MAGIC, 40, ctypes.sizeof(QuotaCtl))
+BTRFS_IOC_QGROUP_CREATE: Final = request_code(_W, _MAGIC, 42, ctypes.sizeof(QgroupCreate))
+BTRFS_IOC_QGROUP_LIMIT: Final = request_code(_R, _MAGIC, 43, ctypes.sizeof(QgroupLimit))
+BTRFS_IOC_QUOTA_RESCAN_WAIT: Final = request_code(0, _MAGIC, 46, 0)
+
+
+def _name(name: str) -> bytes:
+    encoded = os.fsencode(name)
+    # The kernel's own checks are for '/' and "..", each with its own errno; a name too long would be cut here.
+    if not encoded or len(encoded) > 255 or b"/" in encoded or encoded in (b".", b".."):
+        raise OSError(errno.EINVAL, "not a single path component", name)
+    return encoded
+
+
+def create_subvolume(dir_fd: int, name: str) -> None:
+    """Make an empty subvolume in the directory. EEXIST, ENOTTY if this is not btrfs."""
+    ioctl(dir_fd, BTRFS_IOC_SUBVOL_CREATE, VolArgs(0, _name(name)), f"BTRFS_IOC_SUBVOL_CREATE {name}")
+
+
+def snapshot(src_fd: int, dir_fd: int, name: str, readonly: bool = False) -> None:
+    """Make `name` in the directory a snapshot of the subvolume `src_fd` (its root). Nested ones stay out of it."""
+    args = VolArgsV2(src_fd, 0, BTRFS_SUBVOL_RDONLY if readonly else 0)
+    args.name = _name(name)
+    ioctl(dir_fd, BTRFS_IOC_SNAP_CREATE_V2, args, f"BTRFS_IOC_SNAP_CREATE_V2 {name}")
+
+
+def delete_subvolume(dir_fd: int, name: str) -> None:
+    """Delete the subvolume, read-only or not, in constant time; the space comes back in the background.
+
+    Its qgroup stays: see `remove_qgroup`. Missing is fine.
+
+    Raises OSError: ENOTEMPTY it holds nested subvolumes (`tree.remove_tree` takes them along), ENOTDIR or EINVAL
+    not a subvolume, EBUSY swap file or mount in it, EPERM the default subvolume.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY, VolArgs(0, _name(name)), f"BTRFS_IOC_SNAP_DESTROY {name}")
+
+
+def delete_if_subvolume(dir_fd: int, name: str) -> bool:
+    """Delete it if it is a subvolume without nested ones; False (and nothing done) if not."""
+    found = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    if found.st_ino != BTRFS_FIRST_FREE_OBJECTID or syscall.statfs_type(dir_fd) != BTRFS_SUPER_MAGIC:
+        return False
+    try:
+        delete_subvolume(dir_fd, name)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EINVAL, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def is_subvolume(fd: int) -> bool:
+    """Whether the directory is the root of a subvolume (the top level included)."""
+    return os.fstat(fd).st_ino == BTRFS_FIRST_FREE_OBJECTID and syscall.statfs_type(fd) == BTRFS_SUPER_MAGIC
+
+
+def subvolume_id(fd: int) -> int:
+    """The id of the subvolume that the file or directory is in. ENOTTY if this is not btrfs."""
+    args = InoLookup(0, BTRFS_FIRST_FREE_OBJECTID)
+    ioctl(fd, BTRFS_IOC_INO_LOOKUP, args, "BTRFS_IOC_INO_LOOKUP")
+    return int(args.treeid)
+
+
+def set_readonly(fd: int, readonly: bool) -> None:
+    """Make the subvolume (its root) read-only or writable."""
+    flags = c_uint64()
+    ioctl(fd, BTRFS_IOC_SUBVOL_GETFLAGS, flags, "BTRFS_IOC_SUBVOL_GETFLAGS")
+    wanted = flags.value | BTRFS_SUBVOL_RDONLY if readonly else flags.value & ~BTRFS_SUBVOL_RDONLY
+    if wanted != flags.value:
+        ioctl(fd, BTRFS_IOC_SUBVOL_SETFLAGS, c_uint64(wanted), "BTRFS_IOC_SUBVOL_SETFLAGS")
+
+
+def _filesystem_info(fd: int) -> FsInfo:
+    info = FsInfo()
+    ioctl(fd, BTRFS_IOC_FS_INFO, info, "BTRFS_IOC_FS_INFO")
+    return info
+
+
+def _sysfs(fd: int) -> Path:
+    digits = bytes(_filesystem_info(fd).fsid).hex()
+    uuid = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return Path("/sys/fs/btrfs", uuid)
+
+
+def quota_mode(root_fd: int) -> Literal["off", "qgroup", "simple"]:
+    """Which quotas the filesystem keeps, from sysfs (kernel 5.9 for qgroups, 6.7 for simple ones)."""
+    folder = _sysfs(root_fd) / "qgroups"
+    try:
+        if (folder / "enabled").read_text().strip() != "1":
+            return "off"
+    except FileNotFoundError:
+        return "off"
+    try:
+        mode = (folder / "mode").read_text().strip()
+    except FileNotFoundError:
+        return "qgroup"  # The file came with simple quotas.
+    return "simple" if mode == "squota" else "qgroup"
+
+
+def enable_quota(root_fd: int) -> None:
+    """Keep quotas: simple ones where the kernel has them, else full qgroups (and wait for their first scan).
+
+    Quotas that are already kept stay as they are. Simple quotas mark the filesystem so that kernels before 6.7
+    refuse to mount it.
+    """
+    if quota_mode(root_fd) != "off":
+        return
+    try:
+        _quota_ctl(root_fd, BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        _quota_ctl(root_fd, BTRFS_QUOTA_CTL_ENABLE)
+        wait_rescan(root_fd)
+
+
+def _quota_ctl(root_fd: int, command: int) -> None:
+    ioctl(root_fd, BTRFS_IOC_QUOTA_CTL, QuotaCtl(command, 0), "BTRFS_IOC_QUOTA_CTL")
+
+
+def set_limit(root_fd: int, subvolume_id: int, size_bytes: int) -> None:
+    """Let the subvolume refer to at most `size_bytes` (full qgroups), or write as much (simple); 0: no limit.
+
+    Metadata counts. A limit below what is used refuses further writes only. Raises OSError: ENOTCONN quotas
+    are off, ENOENT no such qgroup.
+    """
+    limit = QgroupLimit(subvolume_id, BTRFS_QGROUP_LIMIT_MAX_RFER, size_bytes or _UNLIMITED)
+    ioctl(root_fd, BTRFS_IOC_QGROUP_LIMIT, limit, "BTRFS_IOC_QGROUP_LIMIT")
+
+
+def usage(root_fd: int, subvolume_id: int) -> tuple[int, int, int | None]:
+    """(referenced, exclusive, limit) in bytes, limit None if there is none; as of the last commit.
+
+    Raises FileNotFoundError: quotas are off, or no such qgroup.
+    """
+    folder = _sysfs(root_fd) / "qgroups" / f"0_{subvolume_id}"
+
+    def number(name: str) -> int:
+        return int((folder / name).read_text())
+
+    limited = number("limit_flags") & BTRFS_QGROUP_LIMIT_MAX_RFER
+    limit = number("max_referenced") if limited else _UNLIMITED
+    return number("referenced"), number("exclusive"), None if limit in (0, _UNLIMITED) else limit
+
+
+def remove_qgroup(root_fd: int, subvolume_id: int) -> None:
+    """Forget the qgroup of a deleted subvolume. Missing is fine, quotas off too.
+
+    Raises OSError: EBUSY while the subvolume, or with simple quotas space that it wrote, is still there: repeat later.
+    """
+    try:
+        ioctl(root_fd, BTRFS_IOC_QGROUP_CREATE, QgroupCreate(0, subvolume_id), "BTRFS_IOC_QGROUP_CREATE")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTCONN):
+            raise
+
+
+def wait_rescan(root_fd: int) -> None:
+    """Wait until a scan of full qgroups is done, if one runs."""
+    ioctl(root_fd, BTRFS_IOC_QUOTA_RESCAN_WAIT, 0, "BTRFS_IOC_QUOTA_RESCAN_WAIT")
+
+
+def device(fd: int) -> DevInfo:
+    """The first device of a mounted filesystem: its id and size."""
+    for devid in range(1, int(_filesystem_info(fd).max_id) + 1):
+        info = DevInfo(devid)
+        try:
+            ioctl(fd, BTRFS_IOC_DEV_INFO, info, "BTRFS_IOC_DEV_INFO")
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            continue
+        return info
+    raise OSError(errno.ENODEV, "no device", syscall.describe(fd))
+
+
+def resize(fd: int, device_id: int, size_bytes: int) -> None:
+    """BTRFS_IOC_RESIZE of one device of the mounted filesystem."""
+    ioctl(fd, BTRFS_IOC_RESIZE, VolArgs(0, b"%d:%d" % (device_id, size_bytes)), "BTRFS_IOC_RESIZE")

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and directories beneath an open directory: safe resolution, atomic creation, space, locks.
+
+Every path here is resolved beneath a descriptor, through no symlink. Which file means what is the caller's
+business. Removing whole trees is in `tree` (re-exported here), for it needs to know of mounts.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from csi_driver.linux import syscall
+from csi_driver.linux.syscall import ioctl
+from csi_driver.linux.tree import remove_tree as remove_tree
+
+_SAFE: Final = syscall.RESOLVE_BENEATH | syscall.RESOLVE_NO_SYMLINKS | syscall.RESOLVE_NO_MAGICLINKS
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+FICLONE: Final = 0x40049409
+
+_ST_RDONLY: Final = 1
+_BLOCK: Final = 512
+
+# f_type of statfs(2), from linux/magic.h.
+FILESYSTEM_MAGIC: Final = {
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x01021994: "tmpfs",
+    0x794C7630: "overlay",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+    0x00C36400: "ceph",
+    0x65735546: "fuse",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs",
+    0x01021997: "9p",
+    0x858458F6: "ramfs",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+    0x4D44: "vfat",
+    0x9660: "iso9660",
+    0x5346544E: "ntfs",
+    0x1373: "devfs",
+    0x9FA0: "proc",
+    0x62656572: "sysfs",
+}
+
+
+def open_directory(path: Path) -> int:
+    """Open the directory read-only. ELOOP or ENOTDIR if its last component is a symlink."""
+    return os.open(path, _DIRECTORY)
+
+
+def open_beneath(dir_fd: int, path: str, flags: int = os.O_RDONLY, mode: int = 0) -> int:
+    """Open `path` beneath `dir_fd`, through no symlink and never out of it; mounts are crossed.
+
+    Always O_CLOEXEC. openat2(2), kernel 5.6.
+
+    Raises OSError: ELOOP a symlink on the way or at the end, EXDEV an absolute path or one that leaves
+    `dir_fd`, ENOENT, ENOTDIR and whatever open(2) says.
+    """
+    return syscall.openat2(dir_fd, path, flags, mode, _SAFE)
+
+
+def ensure_directory(dir_fd: int, path: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> int:
+    """Make sure that directory `path` stands beneath `dir_fd`; return a readable descriptor of it.
+
+    Missing components appear complete (owner, mode, synced) or not at all; existing ones are left as they are.
+    The descriptor serves as `source_fd` of `mount.bind`. Who loses a race uses what the winner made.
+
+    Raises OSError: ENOTDIR a non-directory in the way, ELOOP a symlink, EXDEV `..` or an absolute path.
+    """
+    components = [component for component in path.split("/") if component not in ("", ".")]
+    if path.startswith("/") or ".." in components:
+        raise OSError(errno.EXDEV, "the path leaves its directory", path)
+    try:
+        return open_beneath(dir_fd, "/".join(components) or ".", _DIRECTORY)
+    except FileNotFoundError:
+        pass
+    current = open_beneath(dir_fd, ".", _DIRECTORY)
+    for component in components:
+        try:
+            below = _ensure_component(current, component, mode, uid, gid)
+        finally:
+            os.close(current)
+        current = below
+    return current
+
+
+def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int) -> int:
+    try:
+        return open_beneath(dir_fd, name, _DIRECTORY)
+    except FileNotFoundError:
+        pass
+    temporary = f".{secrets.token_hex(8)}.new"
+    os.mkdir(temporary, 0o700, dir_fd=dir_fd)
+    try:
+        made = open_beneath(dir_fd, temporary, _DIRECTORY)
+        try:
+            os.fchown(made, uid, gid)
+            os.fchmod(made, mode)  # After chown, which clears setgid; mkdir's mode is cut by the umask.
+            os.fsync(made)
+        finally:
+            os.close(made)
+        rename(dir_fd, temporary, dir_fd, name)
+    except FileExistsError:
+        os.rmdir(temporary, dir_fd=dir_fd)
+    except BaseException:
+        os.rmdir(temporary, dir_fd=dir_fd)
+        raise
+    else:
+        os.fsync(dir_fd)
+    return open_beneath(dir_fd, name, _DIRECTORY)
+
+
+def write_atomic(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
+    """Make `name` hold exactly `data`, all or nothing, and its content synced.
+
+    The rename itself is durable once the caller syncs the directory. A crash may leave `.<random>.tmp`.
+    """
+    temporary = f".{secrets.token_hex(8)}.tmp"
+    fd = open_beneath(dir_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            os.fchmod(fd, mode)
+            _write_all(fd, data)
+            sync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        os.unlink(temporary, dir_fd=dir_fd)
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except OSError as error:
+            raise syscall.failure("write", syscall.describe(fd), error.errno) from None
+
+
+def read(dir_fd: int, path: str) -> bytes:
+    """The whole content of a file beneath `dir_fd`. FileNotFoundError if there is none."""
+    # O_NONBLOCK: a fifo in the file's place must not hang us; a directory gives EISDIR at the read.
+    fd = open_beneath(dir_fd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        parts = []
+        # One byte more than the size, so that the usual file ends with two reads.
+        while part := os.read(fd, max(os.fstat(fd).st_size + 1, 4096)):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as error:
+        raise syscall.failure("read", path, error.errno) from None
+    finally:
+        os.close(fd)
+
+
+def sync(fd: int) -> None:
+    """fsync(2). EIO, ENOSPC and EDQUOT here mean that the data is not on the disk."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise syscall.failure("fsync", syscall.describe(fd), error.errno) from None
+
+
+def sync_directory(dir_fd: int, path: str = ".") -> None:
+    """Make the names in a directory beneath `dir_fd` durable (or those of `dir_fd` itself)."""
+    fd = open_beneath(dir_fd, path, _DIRECTORY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(old_dir_fd: int, old: str, new_dir_fd: int, new: str) -> None:
+    """Rename, and never replace: renameat2(2) with RENAME_NOREPLACE. Not durable until the directories are synced.
+
+    Where the filesystem has no such rename (EINVAL: some network filesystems), it looks first, so that two
+    renames to one name at the same moment are not told apart there.
+
+    Raises OSError: EEXIST (FileExistsError), ENOENT, EXDEV, …
+    """
+    try:
+        syscall.renameat2(old_dir_fd, old, new_dir_fd, new, syscall.RENAME_NOREPLACE)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+    try:
+        os.stat(new, dir_fd=new_dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        # A true EINVAL (a directory into itself, '.') comes again from here.
+        os.rename(old, new, src_dir_fd=old_dir_fd, dst_dir_fd=new_dir_fd)
+        return
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), old, None, new)
+
+
+def allocate(fd: int, offset: int, length: int) -> None:
+    """Reserve the bytes `offset` … `offset + length` on disk (they read as zero if new); the file grows to hold them.
+
+    fallocate(2) mode 0, never emulated. Raises OSError: ENOSPC, EDQUOT, EFBIG, EOPNOTSUPP. After ENOSPC a part may
+    be allocated: free it by truncating or removing the file.
+    """
+    syscall.fallocate(fd, 0, offset, length)
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Give the bytes back to the filesystem; they read as zero, the file's size stays. EOPNOTSUPP where it cannot."""
+    syscall.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def allocated_bytes(fd: int) -> int:
+    """Bytes that the file occupies on disk, fallocated ones included."""
+    return os.fstat(fd).st_blocks * _BLOCK
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What statvfs(3) says; free means available to an ordinary user. Counts of inodes are 0 where unlimited."""
+
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+    total_inodes: int
+    free_inodes: int
+    used_inodes: int
+    read_only: bool
+
+
+def usage(fd_or_path: int | Path) -> Usage:
+    """Space and inodes of the filesystem. May hang on a dead network filesystem."""
+    try:
+        found = os.statvfs(fd_or_path)
+    except OSError as error:
+        raise syscall.failure("statvfs", _name(fd_or_path), error.errno) from None
+    size = found.f_frsize
+    return Usage(
+        total_bytes=found.f_blocks * size,
+        free_bytes=found.f_bavail * size,
+        used_bytes=(found.f_blocks - found.f_bfree) * size,
+        total_inodes=found.f_files,
+        free_inodes=found.f_favail,
+        used_inodes=found.f_files - found.f_ffree,
+        read_only=bool(found.f_flag & _ST_RDONLY),
+    )
+
+
+def is_read_only(fd_or_path: int | Path) -> bool:
+    """Whether the mount or its filesystem refuses writes now."""
+    return usage(fd_or_path).read_only
+
+
+def _name(fd_or_path: int | Path) -> str:
+    return syscall.describe(fd_or_path) if isinstance(fd_or_path, int) else os.fspath(fd_or_path)
+
+
+def lock(dir_fd: int, name: str) -> int | None:
+    """Take the exclusive flock(2) on file `name` (created if missing); None if another holds it.
+
+    The lock lasts until the returned descriptor is closed, or the process ends, however it ends.
+    """
+    fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def direct_io_alignment(fd: int) -> int | None:
+    """Bytes that offsets and lengths of O_DIRECT must be multiples of on this regular file; None: not possible.
+
+    statx(2) STATX_DIOALIGN, kernel 6.1; where it does not tell, O_DIRECT is tried and 4096 assumed.
+    """
+    found = syscall.statx(fd, "", syscall.AT_EMPTY_PATH, syscall.STATX_DIOALIGN)
+    if found.stx_mask & syscall.STATX_DIOALIGN:
+        return found.stx_dio_offset_align or None
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+    return 4096
+
+
+def filesystem_type(fd_or_path: int | Path) -> str:
+    """The filesystem's name as mount(8) has it ("ext4" for ext2 and ext3 as well); "0x…" if unknown."""
+    magic = syscall.statfs_type(fd_or_path)
+    return FILESYSTEM_MAGIC.get(magic, f"{magic:#x}")
+
+
+def clone_file(src_fd: int, dst_fd: int) -> None:
+    """Make the destination share the source's whole content (FICLONE).
+
+    Raises OSError: EOPNOTSUPP or EINVAL where the filesystem cannot, EXDEV on two filesystems.
+    """
+    ioctl(dst_fd, FICLONE, src_fd, "FICLONE")
+
+
+def supports_reflink(dir_fd: int) -> bool:
+    """Whether files in this directory can share content: tried, with two nameless files."""
+    source = _nameless(dir_fd)
+    try:
+        target = _nameless(dir_fd)
+        try:
+            os.write(source, b"\1" * 4096)
+            clone_file(source, target)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EXDEV, errno.ENOSYS):
+                return False
+            raise
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)
+    return True
+
+
+def _nameless(dir_fd: int) -> int:
+    try:
+        return open_beneath(dir_fd, ".", os.O_RDWR | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+            raise
+    name = f".{secrets.token_hex(8)}.tmp"
+    fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(name, dir_fd=dir_fd)
+    return fd

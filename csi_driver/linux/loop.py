@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loop devices by ioctl (kernel 5.8). Which image is which volume's is not its business.
+
+A device is known by the (device, inode) of its backing file, never by a path: files are renamed, and sysfs shows
+a path as some mount namespace once saw it. Nothing here is recorded; the kernel is asked each time.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import random
+import stat
+import time
+from collections.abc import Iterator
+from ctypes import c_uint8, c_uint32, c_uint64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from csi_driver.linux import syscall
+from csi_driver.linux.syscall import ioctl
+
+LOOP_CLR_FD: Final = 0x4C01
+LOOP_SET_STATUS64: Final = 0x4C04
+LOOP_GET_STATUS64: Final = 0x4C05
+LOOP_SET_CAPACITY: Final = 0x4C07
+LOOP_CONFIGURE: Final = 0x4C0A
+LOOP_CTL_GET_FREE: Final = 0x4C82
+LO_FLAGS_READ_ONLY: Final = 1
+LO_FLAGS_AUTOCLEAR: Final = 4
+LO_FLAGS_DIRECT_IO: Final = 16
+BLKSSZGET: Final = 0x1268
+BLKGETSIZE64: Final = 0x80081272
+
+_CONTROL: Final = "/dev/loop-control"
+_SYS_BLOCK: Final = "/sys/block"
+# Of threads that are given the same free number all but one are refused and ask again.
+_ATTEMPTS: Final = 500
+_CLEAR_TIMEOUT_S: Final = 1.0
+
+
+class LoopInfo64(ctypes.Structure):
+    """struct loop_info64."""
+
+    _fields_ = [
+        ("lo_device", c_uint64),
+        ("lo_inode", c_uint64),
+        ("lo_rdevice", c_uint64),
+        ("lo_offset", c_uint64),
+        ("lo_sizelimit", c_uint64),
+        ("lo_number", c_uint32),
+        ("lo_encrypt_type", c_uint32),
+        ("lo_encrypt_key_size", c_uint32),
+        ("lo_flags", c_uint32),
+        ("lo_file_name", c_uint8 * 64),
+        ("lo_crypt_name", c_uint8 * 64),
+        ("lo_encrypt_key", c_uint8 * 32),
+        ("lo_init", c_uint64 * 2),
+    ]
+
+
+class LoopConfig(ctypes.Structure):
+    """struct loop_config."""
+
+    _fields_ = [
+        ("fd", c_uint32),
+        ("block_size", c_uint32),
+        ("info", LoopInfo64),
+        ("reserved", c_uint64 * 8),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """An attached loop device. `device` is its own st_rdev; `backing_…` are st_dev and st_ino of the file behind it."""
+
+    number: int
+    path: Path
+    device: int
+    backing_device: int
+    backing_inode: int
+    readonly: bool
+    direct_io: bool
+    sector_size: int
+    size_bytes: int
+
+
+def all() -> list[Loop]:
+    """Every attached loop device, in the order of their numbers. Linear in the attached ones."""
+    return list(_attached())
+
+
+def find(image_fd: int) -> list[Loop]:
+    """The loop devices backed by this very file, in the order of their numbers."""
+    image = os.fstat(image_fd)
+    return [loop for loop in _attached() if _is_backed_by(loop, image)]
+
+
+def _is_backed_by(loop: Loop, image: os.stat_result) -> bool:
+    return (loop.backing_device, loop.backing_inode) == (image.st_dev, image.st_ino)
+
+
+def _attached() -> Iterator[Loop]:
+    names = (name for name in os.listdir(_SYS_BLOCK) if name.startswith("loop") and name[4:].isdigit())
+    for number in sorted(int(name[4:]) for name in names):
+        # sysfs has this directory only while the device is attached, and asking it opens nothing.
+        if os.path.exists(f"{_SYS_BLOCK}/loop{number}/loop"):
+            loop = _look(number)
+            if loop is not None:
+                yield loop
+
+
+def _look(number: int) -> Loop | None:
+    try:
+        fd = _open(number, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            return None  # Detached or removed meanwhile.
+        raise
+    try:
+        info = _status(fd)
+        return None if info is None else _loop(fd, number, info)
+    finally:
+        os.close(fd)
+
+
+def _status(fd: int) -> LoopInfo64 | None:
+    info = LoopInfo64()
+    try:
+        ioctl(fd, LOOP_GET_STATUS64, info, "LOOP_GET_STATUS64")
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None  # Not attached.
+        raise
+    return info
+
+
+def _loop(fd: int, number: int, info: LoopInfo64) -> Loop:
+    size, sector = c_uint64(), c_uint32()
+    ioctl(fd, BLKGETSIZE64, size, "BLKGETSIZE64")
+    ioctl(fd, BLKSSZGET, sector, "BLKSSZGET")
+    return Loop(
+        number=number,
+        path=Path(f"/dev/loop{number}"),
+        device=os.fstat(fd).st_rdev,
+        backing_device=int(info.lo_device),
+        backing_inode=int(info.lo_inode),
+        readonly=bool(info.lo_flags & LO_FLAGS_READ_ONLY),
+        direct_io=bool(info.lo_flags & LO_FLAGS_DIRECT_IO),
+        sector_size=sector.value,
+        size_bytes=size.value,
+    )
+
+
+def _open(number: int, flags: int) -> int:
+    """Open /dev/loopN, making the node if it is missing: a container sees the /dev of its start."""
+    path = f"/dev/loop{number}"
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        _make_node(number, path)
+        fd = os.open(path, flags)
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ENOTBLK, "something else stands in the loop device's place: remove it", path)
+    return fd
+
+
+def _make_node(number: int, path: str) -> None:
+    # Read, not computed: with max_part the minor is not the number.
+    with open(f"{_SYS_BLOCK}/loop{number}/dev") as file:
+        major, minor = file.read().split(":")
+    try:
+        os.mknod(path, stat.S_IFBLK | 0o660, os.makedev(int(major), int(minor)))
+    except FileExistsError:
+        pass  # devtmpfs or another thread was faster.
+
+
+def attach(
+    image_fd: int,
+    *,
+    readonly: bool = False,
+    direct_io: bool = True,
+    sector_size: int = 512,
+) -> Loop:
+    """Put the file behind a free loop device. The descriptor may be closed afterwards.
+
+    `sector_size` (bytes: 512, 1024, 2048, 4096) is what users of the device see. Direct I/O is used where it can be (see
+    `Loop.direct_io`): the file's filesystem must allow it, in units no larger than `sector_size`. The device
+    stays until `detach`, or the end of the machine. Attaching one file twice is not prevented: `find` first.
+
+    Raises OSError: EBUSY no free device could be had, ENOENT no loop driver, EACCES or EROFS the image cannot be
+    written, EINVAL bad sector size, …
+    """
+    # Opened anew: the caller's descriptor may be read-only, or O_PATH, or share flags with others.
+    mode = os.O_RDONLY if readonly else os.O_RDWR
+    backing_fd = os.open(f"/proc/self/fd/{image_fd}", mode | os.O_CLOEXEC)
+    try:
+        control_fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            flags = (LO_FLAGS_READ_ONLY if readonly else 0) | (LO_FLAGS_DIRECT_IO if direct_io else 0)
+            return _attach_free(control_fd, backing_fd, flags, sector_size)
+        finally:
+            os.close(control_fd)
+    finally:
+        os.close(backing_fd)
+
+
+def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int) -> Loop:
+    for attempt in range(_ATTEMPTS):
+        number = ioctl(control_fd, LOOP_CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")
+        try:
+            fd = _open(number, os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ENOENT):
+                raise
+        else:
+            try:
+                _configure(fd, backing_fd, flags, sector_size)
+                info = _status(fd)
+                if info is not None:
+                    return _loop(fd, number, info)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            finally:
+                os.close(fd)
+        if attempt > 3:
+            time.sleep(random.uniform(0, 0.002))
+    raise OSError(errno.EBUSY, f"no free loop device in {_ATTEMPTS} attempts", _CONTROL)
+
+
+def _configure(fd: int, backing_fd: int, flags: int, sector_size: int) -> None:
+    config = LoopConfig(fd=backing_fd, block_size=sector_size)
+    config.info.lo_flags = flags
+    try:
+        ioctl(fd, LOOP_CONFIGURE, config, "LOOP_CONFIGURE")
+    except OSError as error:
+        if error.errno != errno.EINVAL or not flags & LO_FLAGS_DIRECT_IO:
+            raise
+        # Some kernels refuse impossible direct I/O where others leave it off.
+        config.info.lo_flags = flags & ~LO_FLAGS_DIRECT_IO
+        ioctl(fd, LOOP_CONFIGURE, config, "LOOP_CONFIGURE")
+
+
+def detach(loop: Loop) -> None:
+    """Take the file from behind the device, and see that it is gone. Fine if that is done, or another file is there now.
+
+    Raises OSError: EBUSY mounted, or open somewhere, for about a second; the device is left as it was.
+    """
+    deadline = time.monotonic() + _CLEAR_TIMEOUT_S
+    pause = 0.001
+    while not _clear(loop):
+        if time.monotonic() > deadline:
+            _keep(loop)
+            raise OSError(errno.EBUSY, "loop device still in use", os.fspath(loop.path))
+        time.sleep(pause)
+        pause = min(pause * 2, 0.1)
+
+
+def _open_if_ours(loop: Loop, flags: int) -> tuple[int, LoopInfo64] | None:
+    try:
+        fd = _open(loop.number, flags)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+    info = _status(fd)
+    if info is None or (info.lo_device, info.lo_inode) != (loop.backing_device, loop.backing_inode):
+        os.close(fd)
+        return None
+    return fd, info
+
+
+def _clear(loop: Loop) -> bool:
+    try:
+        # O_EXCL: a mounted device refuses here, before LOOP_CLR_FD would mark it to vanish at its last close.
+        ours = _open_if_ours(loop, os.O_RDONLY | os.O_EXCL)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    if ours is None:
+        return True
+    fd, _ = ours
+    try:
+        ioctl(fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EBUSY):
+            raise
+    finally:
+        os.close(fd)  # The last close clears it.
+    if not os.path.exists(f"{_SYS_BLOCK}/loop{loop.number}/loop"):
+        return True
+    now = _look(loop.number)
+    return now is None or (now.backing_device, now.backing_inode) != (loop.backing_device, loop.backing_inode)
+
+
+def _keep(loop: Loop) -> None:
+    """Undo the mark that LOOP_CLR_FD left on a device in use, lest it vanish from under a later user."""
+    ours = _open_if_ours(loop, os.O_RDONLY)
+    if ours is None:
+        return
+    fd, info = ours
+    try:
+        if info.lo_flags & LO_FLAGS_AUTOCLEAR:
+            info.lo_flags &= ~LO_FLAGS_AUTOCLEAR
+            ioctl(fd, LOOP_SET_STATUS64, info, "LOOP_SET_STATUS64")
+    finally:
+        os.close(fd)
+
+
+def refresh_size(loop: Loop) -> Loop:
+    """Let the device take the size that its file has now; returns it as it is then. ENXIO if it is detached."""
+    ours = _open_if_ours(loop, os.O_RDONLY)
+    if ours is None:
+        raise OSError(errno.ENXIO, "the loop device no longer has this file", os.fspath(loop.path))
+    fd, info = ours
+    try:
+        ioctl(fd, LOOP_SET_CAPACITY, 0, "LOOP_SET_CAPACITY")
+        return _loop(fd, loop.number, info)
+    finally:
+        os.close(fd)
+
+
+def available() -> str | None:
+    """Why loop devices cannot be used here, with the remedy; None if they can."""
+    try:
+        fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return f"{_CONTROL} is missing: load the kernel module (modprobe loop) and let the container see the host's /dev"
+    except OSError as error:
+        return f"{_CONTROL}: {error.strerror}: the driver must run as root, in a privileged container"
+    try:
+        fcntl.ioctl(fd, LOOP_CTL_GET_FREE)
+    except OSError as error:
+        return f"{_CONTROL} gives no device: {error.strerror} (CAP_SYS_ADMIN is needed; see also max_loop)"
+    finally:
+        os.close(fd)
+    return None
