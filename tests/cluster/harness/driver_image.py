@@ -6,6 +6,7 @@ Dockerfile's FROM line names it. The base carries this machine's certificates an
 that the build reaches what this machine reaches, and nothing else that debian:bookworm-slim has not.
 """
 
+import configparser
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ from tests.cluster.harness.processes import environment
 REPOSITORY = Path(__file__).resolve().parents[3]
 DOCKERFILE = REPOSITORY / "Dockerfile"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+# Not their usual place in the base: the package ca-certificates, should a Dockerfile install it, rewrites that.
+CERTIFICATES_IN_BASE = "/etc/ssl/machine.crt"
 PIP_CONFIGURATIONS = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf")
 STORAGE = programs.cache_directory() / "buildah"
 
@@ -50,11 +53,22 @@ def _make_base(name: str) -> None:
     container = _buildah("from", "scratch").strip()
     _buildah("add", container, os.fspath(archive), "/")
     if CERTIFICATES.exists():
-        _buildah("copy", container, os.fspath(CERTIFICATES), os.fspath(CERTIFICATES))
-    for file in filter(Path.exists, PIP_CONFIGURATIONS):
-        _buildah("copy", container, os.fspath(file), "/etc/pip.conf")
+        _buildah("copy", container, os.fspath(CERTIFICATES), CERTIFICATES_IN_BASE)
+    _buildah("copy", container, os.fspath(_write_pip_configuration()), "/etc/pip.conf")
     _buildah("commit", "--quiet", "--rm", container, name)
     archive.unlink()
+
+
+def _write_pip_configuration() -> Path:
+    """This machine's pip configuration, with the certificates where the base has them."""
+    settings = configparser.ConfigParser()
+    settings.read(PIP_CONFIGURATIONS)
+    if CERTIFICATES.exists():
+        settings.read_dict({"global": {"cert": CERTIFICATES_IN_BASE}})
+    path = STORAGE / "pip.conf"
+    with path.open("w") as file:
+        settings.write(file)
+    return path
 
 
 def _buildah(*arguments: str, log: str | None = None, check: bool = True) -> str:
