@@ -74,7 +74,7 @@ class ImageBackend:
         )
 
     def check(self) -> None:
-        problem = loop.unavailable()
+        problem = loop.available()
         if problem:
             raise ConfigurationError(f"{self._pool.where}: {problem}")
         tool = FILESYSTEMS[self._options.fs_type].tool

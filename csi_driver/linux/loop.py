@@ -97,6 +97,17 @@ def find(image_fd: int) -> list[Loop]:
     return [loop for loop in _attached() if _is_backed_by(loop, image)]
 
 
+def get(number: int) -> Loop | None:
+    """The loop device of this number, if it is attached. O(1)."""
+    return _look(number)
+
+
+def disable_discard(loop: Loop) -> None:
+    """Make the device refuse discards, which would punch holes into its file and give the blocks away."""
+    with open(f"{_SYS_BLOCK}/loop{loop.number}/queue/discard_max_bytes", "w") as limit:
+        limit.write("0")
+
+
 def _is_backed_by(loop: Loop, image: os.stat_result) -> bool:
     return (loop.backing_device, loop.backing_inode) == (image.st_dev, image.st_ino)
 
