@@ -71,10 +71,11 @@ def open_beneath(dir_fd: int, path: str, flags: int = os.O_RDONLY, mode: int = 0
     return syscall.openat2(dir_fd, path, flags, mode, _SAFE)
 
 
-def ensure_directory(dir_fd: int, path: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> int:
+def ensure_directory(dir_fd: int, path: str, *, mode: int = 0o755, uid: int = -1, gid: int = -1) -> int:
     """Make sure that directory `path` stands beneath `dir_fd`; return a readable descriptor of it.
 
-    Missing components appear complete (owner, mode, synced) or not at all; existing ones are left as they are.
+    Missing components appear complete (owner, mode, synced) or not at all; existing ones are left as they are. An
+    owner of -1 is the caller.
     The descriptor serves as `source_fd` of `mount.bind`. Who loses a race uses what the winner made.
 
     Raises OSError: ENOTDIR a non-directory in the way, ELOOP a symlink, EXDEV `..` or an absolute path.
