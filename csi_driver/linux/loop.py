@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from csi_driver.linux import syscall
 from csi_driver.linux.syscall import ioctl
 
 LOOP_CLR_FD: Final = 0x4C01

@@ -79,8 +79,8 @@ _OPTIONS: Final = {
 # For mount(8) or /etc/fstab's readers only; the kernel knows nothing of them.
 _USERLAND: Final = frozenset(("defaults", "auto", "noauto", "nofail", "_netdev", "silent", "loud", "async"))
 _REFUSED: Final = frozenset(
-    ("bind", "rbind", "move", "remount", "loop", "shared", "rshared", "private", "rprivate", "slave", "rslave")
-    + ("unbindable", "runbindable", "user", "users", "owner", "group", "offset", "sizelimit")
+    "bind rbind move remount loop offset sizelimit shared rshared private rprivate slave rslave unbindable runbindable"
+    " user users owner group".split()
 )
 
 
@@ -209,7 +209,9 @@ def find_mounted(target: Path) -> Mounted | None:
             return None
         if not found.stx_attributes & syscall.STATX_ATTR_MOUNT_ROOT:
             return None
-        with contextlib.suppress(FileNotFoundError):  # Unmounted or covered between the two looks: look again.
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # Unmounted or covered between the two looks: look again.
             return _mounted(target, found)
     raise OSError(errno.EAGAIN, "mounts come and go too fast to be looked at", os.fspath(target))
 
@@ -232,7 +234,9 @@ def _mounted(target: Path, found: syscall.Statx) -> Mounted:
 
 
 def _statmount(unique_id: int) -> Statmount | None:
-    request = MountIdRequest(ctypes.sizeof(MountIdRequest), 0, unique_id, STATMOUNT_SB_BASIC | STATMOUNT_MNT_BASIC)
+    request = MountIdRequest(
+        ctypes.sizeof(MountIdRequest), 0, unique_id, STATMOUNT_SB_BASIC | STATMOUNT_MNT_BASIC
+    )
     status = Statmount()
     size = ctypes.sizeof(status)
     if syscall.raw_statmount(ctypes.byref(request), ctypes.byref(status), size, 0) == 0:
@@ -252,7 +256,9 @@ def _from_statmount(status: Statmount) -> tuple[Attributes, bool, int]:
 def _look_without_statmount(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, int]:
     fd = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        again = syscall.statx(fd, "", syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC, syscall.STATX_MNT_ID)
+        again = syscall.statx(
+            fd, "", syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC, syscall.STATX_MNT_ID
+        )
         if (again.device, again.stx_ino) != (found.device, found.stx_ino):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(target))
         bits = os.fstatvfs(fd).f_flag
@@ -360,7 +366,10 @@ def _bind_without_tree(source_fd: int, target_fd: int, target: Path, attributes:
         mounted = find_mounted(target)
         inherited = mounted.attributes if mounted else _NONE
         atime = {name: getattr(attributes, name) for name in _ATIME}
-        both = {one.name: getattr(attributes, one.name) or getattr(inherited, one.name) for one in fields(attributes)}
+        both = {
+            one.name: getattr(attributes, one.name) or getattr(inherited, one.name)
+            for one in fields(attributes)
+        }
         wanted = Attributes(**(both | atime if any(atime.values()) else both))
         # target_fd is what lies below the new mount; the mount itself must be opened anew.
         top_fd = _open_target(target)

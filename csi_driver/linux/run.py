@@ -75,13 +75,17 @@ class CommandMissing(CommandError):
 class CommandFailed(CommandError):
     """It ended with an exit code, by a signal (`returncode` negative), or not in time (`timed_out`)."""
 
-    def __init__(self, argv: Sequence[str], returncode: int, stderr: str, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], returncode: int, stderr: str, timeout_s: float | None = None
+    ) -> None:
         self.argv = tuple(argv)
         self.returncode = returncode
         self.stderr = stderr
         self.timed_out = timeout_s is not None
         detail = " ".join(stderr.split())
-        super().__init__(f"{shlex.join(argv)} {_ending(returncode, timeout_s)}" + (f": {detail}" if detail else ""))
+        super().__init__(
+            f"{shlex.join(argv)} {_ending(returncode, timeout_s)}" + (f": {detail}" if detail else "")
+        )
 
 
 def _ending(returncode: int, timeout_s: float | None) -> str:
