@@ -25,7 +25,7 @@ class Maintenance:
         self._pools = pools
         self._refresh_s = refresh_s
         self._wake = threading.Event()
-        self._ending = False
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
         for pool in pools:
             pool.on_trash = self._wake.set
@@ -37,18 +37,18 @@ class Maintenance:
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End after the removal that is under way, or leave it to the next start."""
-        self._ending = True
+        self._ending.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
         refreshed = time.monotonic()
-        while not self._ending:
+        while not self._ending.is_set():
             self._wake.wait(self._refresh_s)
             self._wake.clear()
             for pool in self._pools:
-                if self._ending:
+                if self._ending.is_set():
                     return
                 self._round(pool, refresh=time.monotonic() - refreshed >= self._refresh_s)
             if time.monotonic() - refreshed >= self._refresh_s:

@@ -8,19 +8,21 @@ neighbour can take it away. Formatted once, there, while nobody else can see it.
 import errno
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import msgspec
-from csi_driver.linux.filesystem import FILESYSTEMS
 
+from csi_driver.backends import directories
 from csi_driver.backends import parameters as common
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features, Store
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
 from csi_driver.linux import files, filesystem, loop, mount, run
+from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
     KIB,
     MIB,
@@ -41,7 +43,7 @@ SECTOR_BYTES = 4 * KIB
 SMALLEST_DEVICE = MIB
 LARGEST = 16 * TIB
 MKFS_OPTIONS, PROVISIONING = "mkfsOptions", "provisioning"
-THICK, THIN = "thick", "thin"
+PROVISIONINGS = ("thick", "thin")
 
 
 class ImageOptions(msgspec.Struct, frozen=True):
@@ -78,7 +80,7 @@ class ImageBackend:
         if problem:
             raise ConfigurationError(f"{self._pool.where}: {problem}")
         tool = FILESYSTEMS[self._options.fs_type].tool
-        if not run.find_tool(tool):
+        if shutil.which(tool) is None:
             raise ConfigurationError(f"{self._pool.where}: {run.CommandMissing(tool)}")
 
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
@@ -219,13 +221,13 @@ class ImageBackend:
         return entries
 
     def stats(self, home: Home, mounted: int) -> Stats:
-        return common.filesystem_stats(mounted)
+        return directories.filesystem_stats(mounted)
 
     def _thin(self, parameters: Mapping[str, str]) -> bool:
         chosen = parameters.get(PROVISIONING, self._options.provisioning)
-        if chosen not in (THICK, THIN):
-            raise invalid(f"parameters.{PROVISIONING}", chosen, f"give {THICK!r} or {THIN!r}")
-        return chosen == THIN
+        if chosen not in PROVISIONINGS:
+            raise invalid(f"parameters.{PROVISIONING}", chosen, f"give {' or '.join(PROVISIONINGS)}")
+        return chosen == "thin"
 
     def _stat(self, home: Home) -> os.stat_result:
         return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
