@@ -99,10 +99,10 @@ class MemoryBackend:
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return size_bytes
 
-    def attach(self, home: Home, *, readonly: bool = False) -> Directory:
+    def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Directory:
         return directories.attach(home)
 
-    def find_attached(self, home: Home, *, readonly: bool = False) -> Directory | None:
+    def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Directory | None:
         return directories.find_attached(home)
 
     def detach(self, home: Home) -> None:

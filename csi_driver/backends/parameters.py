@@ -56,13 +56,17 @@ def check_fs_type(wanted: str, have: str) -> None:
         InvalidArgument: says which one it is.
     """
     if wanted not in ("", have):
-        raise invalid(FS_TYPE, wanted, f"volumes here are a part of the pool's filesystem, {have}: leave it out")
+        raise invalid(
+            FS_TYPE, wanted, f"volumes here are a part of the pool's filesystem, {have}: leave it out"
+        )
 
 
 def _one_fs_type(parameter: str, capability: str) -> str:
     if parameter and capability and parameter != capability:
         raise invalid(
-            f"parameters.{FS_TYPE}", parameter, f"the volume_capability asks for {capability!r}: a volume has one"
+            f"parameters.{FS_TYPE}",
+            parameter,
+            f"the volume_capability asks for {capability!r}: a volume has one",
         )
     return parameter or capability
 
