@@ -16,8 +16,8 @@ from typing import Literal
 import msgspec
 
 from csi_driver.backends import directories
-from csi_driver.backends import parameters as common
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features, Store
+from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
@@ -42,8 +42,6 @@ SECTOR_BYTES = 4 * KIB
 
 SMALLEST_DEVICE = MIB
 LARGEST = 16 * TIB
-MKFS_OPTIONS, PROVISIONING = "mkfsOptions", "provisioning"
-PROVISIONINGS = ("thick", "thin")
 
 
 class ImageOptions(msgspec.Struct, frozen=True):
@@ -84,8 +82,8 @@ class ImageBackend:
             raise ConfigurationError(f"{self._pool.where}: {run.CommandMissing(tool)}")
 
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
-        parsed = common.parse(parameters, fs_type, own=(MKFS_OPTIONS, PROVISIONING))
-        parsed = replace(parsed, thin=self._thin(parameters))
+        thin = self._options.provisioning == "thin"
+        parsed = parse_parameters(parameters, fs_type, further=(MKFS_OPTIONS, PROVISIONING), thin=thin)
         options = parameters.get(MKFS_OPTIONS, "")
         if access_type is AccessType.BLOCK:
             return _checked_block(parsed, options)
@@ -222,12 +220,6 @@ class ImageBackend:
 
     def stats(self, home: Home, mounted: int) -> Stats:
         return directories.filesystem_stats(mounted)
-
-    def _thin(self, parameters: Mapping[str, str]) -> bool:
-        chosen = parameters.get(PROVISIONING, self._options.provisioning)
-        if chosen not in PROVISIONINGS:
-            raise invalid(f"parameters.{PROVISIONING}", chosen, f"give {' or '.join(PROVISIONINGS)}")
-        return chosen == "thin"
 
     def _stat(self, home: Home) -> os.stat_result:
         return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
