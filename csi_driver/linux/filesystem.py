@@ -187,7 +187,7 @@ def _split(word: str) -> tuple[str, str | None]:
 def _readable(pattern: str) -> str:
     first = pattern.split("(?:,")[0]
     plain = first.replace("(?:", "(").replace(r"\^?", "[^]").replace(_SIZE, "SIZE").replace(_NUMBER, "NUMBER")
-    return re.sub(r"\\(.)", r"\1", plain)
+    return re.sub(r"\\(\W)", r"\1", plain)
 
 
 def make(fs_type: str, image: Path, options: Sequence[str] = (), timeout_s: float = 120) -> None:

@@ -12,13 +12,16 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import c_char, c_uint32, c_uint64
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
 from csi_driver.linux import mountinfo, syscall
+from csi_driver.linux.mountflags import ATIME, FLAGS, NONE
+from csi_driver.linux.mountflags import Attributes as Attributes
+from csi_driver.linux.mountflags import parse_flags as parse_flags
 from csi_driver.linux.mountinfo import Mount as Mount
 from csi_driver.linux.mountinfo import mounts as mounts
 from csi_driver.linux.mountinfo import mounts_beneath as mounts_beneath
@@ -40,111 +43,6 @@ STATMOUNT_MNT_BASIC: Final = 2
 SB_RDONLY: Final = 1
 MS_REMOUNT: Final = 0x20
 MS_BIND: Final = 0x1000
-
-# Per-mount flag: MOUNT_ATTR_…, MS_…, ST_… of statvfs. relatime is the absence of the other two.
-_FLAGS: Final = {
-    "readonly": (0x1, 0x1, 0x1),
-    "nosuid": (0x2, 0x2, 0x2),
-    "nodev": (0x4, 0x4, 0x4),
-    "noexec": (0x8, 0x8, 0x8),
-    "noatime": (0x10, 0x400, 0x400),
-    "strictatime": (0x20, 0x1000000, 0),
-    "relatime": (0, 0x200000, 0x1000),
-    "nodiratime": (0x80, 0x800, 0x800),
-    "nosymfollow": (0x200000, 0x100, 0x2000),
-}
-_ATIME: Final = ("noatime", "strictatime", "relatime")
-
-# mount(8) option -> attribute and its value; the last one of several wins.
-_OPTIONS: Final = {
-    "ro": ("readonly", True),
-    "rw": ("readonly", False),
-    "nosuid": ("nosuid", True),
-    "suid": ("nosuid", False),
-    "nodev": ("nodev", True),
-    "dev": ("nodev", False),
-    "noexec": ("noexec", True),
-    "exec": ("noexec", False),
-    "noatime": ("noatime", True),
-    "atime": ("noatime", False),
-    "nodiratime": ("nodiratime", True),
-    "diratime": ("nodiratime", False),
-    "relatime": ("relatime", True),
-    "norelatime": ("relatime", False),
-    "strictatime": ("strictatime", True),
-    "nostrictatime": ("strictatime", False),
-    "nosymfollow": ("nosymfollow", True),
-    "symfollow": ("nosymfollow", False),
-}
-# For mount(8) or /etc/fstab's readers only; the kernel knows nothing of them.
-_USERLAND: Final = frozenset(("defaults", "auto", "noauto", "nofail", "_netdev", "silent", "loud", "async"))
-_REFUSED: Final = frozenset(
-    "bind rbind move remount loop offset sizelimit shared rshared private rprivate slave rslave unbindable runbindable"
-    " user users owner group".split()
-)
-
-
-@dataclass(frozen=True)
-class Attributes:
-    """What belongs to one mount, not to the filesystem behind it. False: as the source has it (see `bind`)."""
-
-    readonly: bool = False
-    nosuid: bool = False
-    nodev: bool = False
-    noexec: bool = False
-    noatime: bool = False
-    nodiratime: bool = False
-    relatime: bool = False
-    strictatime: bool = False
-    nosymfollow: bool = False
-
-    def covers(self, wanted: "Attributes") -> bool:
-        """Whether a mount with these attributes has all that are `wanted`."""
-        return all(getattr(self, one.name) for one in fields(self) if getattr(wanted, one.name))
-
-    def _bits(self, column: int) -> int:
-        return sum(_FLAGS[one.name][column] for one in fields(self) if getattr(self, one.name))
-
-
-_NONE: Final = Attributes()
-
-
-def parse_flags(flags: Sequence[str]) -> tuple[Attributes, list[str]]:
-    """Split mount(8) options into per-mount attributes and options of the filesystem itself, in order.
-
-    An element may hold several, separated by commas outside double quotes; "rw", "defaults", "x-…" and the
-    like are dropped. Of contradicting ones the last wins.
-
-    Raises ValueError: an option that says what to mount rather than how ("bind", "remount", "shared", …).
-    """
-    attributes = _NONE
-    rest: list[str] = []
-    for option in (option for flag in flags for option in _split(flag)):
-        name = option.partition("=")[0]
-        if name in _REFUSED:
-            raise ValueError(f"mount option {option!r} is not for a volume: leave it out")
-        if option in _OPTIONS:
-            attribute, value = _OPTIONS[option]
-            if attribute in _ATIME and value:
-                attributes = replace(attributes, noatime=False, relatime=False, strictatime=False)
-            attributes = replace(attributes, **{attribute: value})
-        elif option not in _USERLAND and not name.startswith(("x-", "X-", "comment")):
-            rest.append(option)
-    return attributes, rest
-
-
-def _split(flag: str) -> Iterator[str]:
-    # SELinux contexts have commas: context="system_u:object_r:container_file_t:s0:c1,c2".
-    option, quoted = "", False
-    for character in flag:
-        if character == '"':
-            quoted = not quoted
-        if character == "," and not quoted:
-            yield from filter(None, (option.strip(),))
-            option = ""
-        else:
-            option += character
-    yield from filter(None, (option.strip(),))
 
 
 class MountIdRequest(ctypes.Structure):
@@ -216,12 +114,16 @@ def find_mounted(target: Path) -> Mounted | None:
     raise OSError(errno.EAGAIN, "mounts come and go too fast to be looked at", os.fspath(target))
 
 
+def attributes_of(fd: int) -> Attributes:
+    """The attributes of the mount that `fd` was opened through: what `bind` of it starts from."""
+    found = syscall.statx(fd, "", syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC, _WANTED)
+    status = _statmount(found)
+    return (_from_statvfs(fd) if status is None else _from_statmount(status))[0]
+
+
 def _mounted(target: Path, found: syscall.Statx) -> Mounted:
-    status = _statmount(found.stx_mnt_id) if found.stx_mask & syscall.STATX_MNT_ID_UNIQUE else None
-    if status is None:
-        attributes, readonly, mount_id = _look_without_statmount(target, found)
-    else:
-        attributes, readonly, mount_id = _from_statmount(status)
+    status = _statmount(found)
+    attributes, readonly, mount_id = _look_again(target, found) if status is None else _from_statmount(status)
     return Mounted(
         device=found.device,
         inode=found.stx_ino,
@@ -233,45 +135,51 @@ def _mounted(target: Path, found: syscall.Statx) -> Mounted:
     )
 
 
-def _statmount(unique_id: int) -> Statmount | None:
-    request = MountIdRequest(
-        ctypes.sizeof(MountIdRequest), 0, unique_id, STATMOUNT_SB_BASIC | STATMOUNT_MNT_BASIC
-    )
+def _statmount(found: syscall.Statx) -> Statmount | None:
+    if not found.stx_mask & syscall.STATX_MNT_ID_UNIQUE:
+        return None
+    wanted = STATMOUNT_SB_BASIC | STATMOUNT_MNT_BASIC
+    request = MountIdRequest(ctypes.sizeof(MountIdRequest), 0, found.stx_mnt_id, wanted)
     status = Statmount()
     size = ctypes.sizeof(status)
     if syscall.raw_statmount(ctypes.byref(request), ctypes.byref(status), size, 0) == 0:
         return status
-    # ENOENT: just unmounted, or of another mount namespace; ENOSYS; EPERM of a sandbox. The old way tells all of it.
+    # ENOENT: just unmounted, or not of this mount namespace; ENOSYS; EPERM of a sandbox. statvfs tells all of it.
     return None
 
 
 def _from_statmount(status: Statmount) -> tuple[Attributes, bool, int]:
+    """(attributes, whether writes are refused by mount or filesystem, mount id as in mountinfo)."""
     bits = int(status.mnt_attr)
-    present = {name: bool(bits & flags[0]) for name, flags in _FLAGS.items()}
+    present = {name: bool(bits & flags[0]) for name, flags in FLAGS.items()}
     present["relatime"] = not bits & MOUNT_ATTR__ATIME
     attributes = Attributes(**present)
     return attributes, attributes.readonly or bool(status.sb_flags & SB_RDONLY), int(status.mnt_id_old)
 
 
-def _look_without_statmount(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, int]:
+def _look_again(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, int]:
     fd = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        again = syscall.statx(
-            fd, "", syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC, syscall.STATX_MNT_ID
-        )
-        if (again.device, again.stx_ino) != (found.device, found.stx_ino):
+        now = os.fstat(fd)
+        if (now.st_dev, now.st_ino) != (found.device, found.stx_ino):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(target))
-        bits = os.fstatvfs(fd).f_flag
+        return _from_statvfs(fd)
     finally:
         os.close(fd)
-    present = {name: bool(bits & flags[2]) for name, flags in _FLAGS.items()}
+
+
+def _from_statvfs(fd: int) -> tuple[Attributes, bool, int]:
+    flags = syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC
+    mount_id = syscall.statx(fd, "", flags, syscall.STATX_MNT_ID).stx_mnt_id
+    bits = os.fstatvfs(fd).f_flag
+    present = {name: bool(bits & columns[2]) for name, columns in FLAGS.items()}
     present["strictatime"] = not (present["noatime"] or present["relatime"])
     readonly = present["readonly"]
     if readonly:
         # statvfs does not tell a read-only mount from a read-only filesystem; rare enough to read the list.
-        own = mountinfo.find(again.stx_mnt_id)
+        own = mountinfo.find(mount_id)
         present["readonly"] = own is None or "ro" in own.options
-    return Attributes(**present), readonly, again.stx_mnt_id
+    return Attributes(**present), readonly, mount_id
 
 
 def bind(source_fd: int, target: Path, attributes: Attributes) -> None:
@@ -316,8 +224,8 @@ def _attach(mount_fd: int, target_fd: int, target: Path) -> None:
 
 
 def _set_attributes(mount_fd: int, attributes: Attributes) -> None:
-    wanted = attributes._bits(0)
-    atime = any(getattr(attributes, name) for name in _ATIME)
+    wanted = attributes.bits(0)
+    atime = any(getattr(attributes, name) for name in ATIME)
     if wanted or atime:
         syscall.mount_setattr(mount_fd, wanted, MOUNT_ATTR__ATIME if atime else 0)
 
@@ -360,12 +268,12 @@ def _detached_root(fd: int) -> int | None:
 
 def _bind_without_tree(source_fd: int, target_fd: int, target: Path, attributes: Attributes) -> None:
     syscall.mount(f"/proc/self/fd/{source_fd}", f"/proc/self/fd/{target_fd}", None, MS_BIND, None)
-    if attributes == _NONE:
+    if attributes == NONE:
         return
     try:
         mounted = find_mounted(target)
-        inherited = mounted.attributes if mounted else _NONE
-        atime = {name: getattr(attributes, name) for name in _ATIME}
+        inherited = mounted.attributes if mounted else NONE
+        atime = {name: getattr(attributes, name) for name in ATIME}
         both = {
             one.name: getattr(attributes, one.name) or getattr(inherited, one.name)
             for one in fields(attributes)
@@ -374,7 +282,7 @@ def _bind_without_tree(source_fd: int, target_fd: int, target: Path, attributes:
         # target_fd is what lies below the new mount; the mount itself must be opened anew.
         top_fd = _open_target(target)
         try:
-            flags = MS_BIND | MS_REMOUNT | wanted._bits(1)
+            flags = MS_BIND | MS_REMOUNT | wanted.bits(1)
             syscall.mount("none", f"/proc/self/fd/{top_fd}", None, flags, None)
         finally:
             os.close(top_fd)
@@ -388,7 +296,7 @@ def mount_device(
     target: Path,
     fs_type: str,
     options: Sequence[str] = (),
-    attributes: Attributes = _NONE,
+    attributes: Attributes = NONE,
 ) -> None:
     """Mount a filesystem at `target`, never through a symlink there. `options` are the filesystem's own.
 
@@ -405,7 +313,7 @@ def mount_device(
             if error.errno != errno.ENOSYS:
                 raise
             data = ",".join(options) or None
-            syscall.mount(os.fspath(device), f"/proc/self/fd/{target_fd}", fs_type, attributes._bits(1), data)
+            syscall.mount(os.fspath(device), f"/proc/self/fd/{target_fd}", fs_type, attributes.bits(1), data)
             return
         try:
             _attach(mount_fd, target_fd, target)
@@ -419,7 +327,7 @@ def mount_detached(
     device: Path,
     fs_type: str,
     options: Sequence[str] = (),
-    attributes: Attributes = _NONE,
+    attributes: Attributes = NONE,
 ) -> int:
     """Mount a filesystem where no one sees it; returns the descriptor of its root, and with its close it is unmounted.
 
@@ -430,7 +338,7 @@ def mount_detached(
     try:
         try:
             _configure(fs_fd, name, options, attributes)
-            return syscall.fsmount(fs_fd, attributes._bits(0), name)
+            return syscall.fsmount(fs_fd, attributes.bits(0), name)
         except OSError as error:
             said = _messages(fs_fd)
             if not said:
