@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CSI services: each call is one conversion, one method of the driver, one answer.
+
+Checks are `convert`'s business, semantics `controller`'s and `node`'s, errors and the log `interceptor`'s. A method
+that is not here is answered UNIMPLEMENTED by `interceptor`: those of copies (snapshots, clones) are not offered yet.
+"""
+
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.wrappers_pb2 import BoolValue
+
+from csi_driver import __version__
+from csi_driver.controller import Controller
+from csi_driver.errors import Unimplemented
+from csi_driver.model import DriverFeatures
+from csi_driver.node import Node
+from csi_driver.rpc import answers, convert
+from csi_driver.rpc.pb import csi_pb2 as pb
+
+if TYPE_CHECKING:
+    from csi_driver.rpc.pb.csi_pb2_grpc import ControllerServicer, IdentityServicer, NodeServicer
+else:
+    # The generated classes say what the types must be. Loading their module costs 2 MB, for clients we are not.
+    ControllerServicer = IdentityServicer = NodeServicer = object
+
+_Plugin = pb.PluginCapability.Service.Type
+_Rpc = pb.ControllerServiceCapability.RPC.Type
+_NodeRpc = pb.NodeServiceCapability.RPC.Type
+
+
+class Identity(IdentityServicer):
+    """Who the driver is."""
+
+    def __init__(self, driver_name: str, features: DriverFeatures) -> None:
+        self._driver_name = driver_name
+        self._features = features
+
+    def GetPluginInfo(
+        self, request: pb.GetPluginInfoRequest, context: grpc.ServicerContext
+    ) -> pb.GetPluginInfoResponse:
+        return pb.GetPluginInfoResponse(name=self._driver_name, vendor_version=__version__)
+
+    def GetPluginCapabilities(
+        self, request: pb.GetPluginCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> pb.GetPluginCapabilitiesResponse:
+        services = [_Plugin.CONTROLLER_SERVICE, _Plugin.VOLUME_ACCESSIBILITY_CONSTRAINTS]
+        capabilities = [
+            pb.PluginCapability(service=pb.PluginCapability.Service(type=service)) for service in services
+        ]
+        if self._features.grows_in_controller or self._features.grows_on_node:
+            online = pb.PluginCapability.VolumeExpansion(type=pb.PluginCapability.VolumeExpansion.Type.ONLINE)
+            capabilities.append(pb.PluginCapability(volume_expansion=online))
+        return pb.GetPluginCapabilitiesResponse(capabilities=capabilities)
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+        # The socket appears only when the driver can answer, and a missing pool is told by the health calls.
+        return pb.ProbeResponse(ready=BoolValue(value=True))
+
+
+class ControllerService(ControllerServicer):
+    """Volumes as the pools have them. `node_id` is where all of them are."""
+
+    def __init__(self, controller: Controller, features: DriverFeatures, node_id: str) -> None:
+        self._controller = controller
+        self._features = features
+        self._node_id = node_id
+
+    def ControllerGetCapabilities(
+        self, request: pb.ControllerGetCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerGetCapabilitiesResponse:
+        offered = [
+            _Rpc.CREATE_DELETE_VOLUME,
+            _Rpc.LIST_VOLUMES,
+            _Rpc.LIST_VOLUMES_PUBLISHED_NODES,
+            _Rpc.GET_CAPACITY,
+            _Rpc.GET_VOLUME,
+            _Rpc.SINGLE_NODE_MULTI_WRITER,
+            _Rpc.GET_VOLUME_HEALTH,
+            _Rpc.LIST_VOLUME_HEALTH,
+        ]
+        if self._features.grows_in_controller:
+            offered.append(_Rpc.EXPAND_VOLUME)
+        kind = pb.ControllerServiceCapability
+        return pb.ControllerGetCapabilitiesResponse(
+            capabilities=[kind(rpc=kind.RPC(type=capability)) for capability in offered]
+        )
+
+    def CreateVolume(
+        self, request: pb.CreateVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.CreateVolumeResponse:
+        volume = self._controller.create_volume(convert.volume_request(request))
+        return pb.CreateVolumeResponse(volume=answers.volume(volume))
+
+    def DeleteVolume(
+        self, request: pb.DeleteVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteVolumeResponse:
+        self._controller.delete_volume(convert.volume_id(request))
+        return pb.DeleteVolumeResponse()
+
+    def ValidateVolumeCapabilities(
+        self, request: pb.ValidateVolumeCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> pb.ValidateVolumeCapabilitiesResponse:
+        why_not = self._controller.validate(*convert.validation(request))
+        if request.mutable_parameters:
+            why_not = why_not or "mutable_parameters: this driver has none"
+        return answers.validation(request, why_not)
+
+    def ListVolumes(
+        self, request: pb.ListVolumesRequest, context: grpc.ServicerContext
+    ) -> pb.ListVolumesResponse:
+        volumes, token = self._controller.list_volumes(*convert.page(request))
+        entries = [answers.listed(volume, self._node_id) for volume in volumes]
+        return pb.ListVolumesResponse(entries=entries, next_token=token)
+
+    def ControllerGetVolume(
+        self, request: pb.ControllerGetVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerGetVolumeResponse:
+        volume = self._controller.get_volume(convert.volume_id(request))
+        nodes = answers.published_nodes(volume, self._node_id)
+        status = pb.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=nodes)
+        return pb.ControllerGetVolumeResponse(volume=answers.volume(volume), status=status)
+
+    def GetCapacity(
+        self, request: pb.GetCapacityRequest, context: grpc.ServicerContext
+    ) -> pb.GetCapacityResponse:
+        return answers.capacity(self._controller.capacity(*convert.capacity(request)))
+
+    def ControllerExpandVolume(
+        self, request: pb.ControllerExpandVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerExpandVolumeResponse:
+        size_bytes, on_node = self._controller.expand_volume(*convert.controller_expansion(request))
+        return pb.ControllerExpandVolumeResponse(capacity_bytes=size_bytes, node_expansion_required=on_node)
+
+    def ControllerGetVolumeHealth(
+        self, request: pb.ControllerGetVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerGetVolumeHealthResponse:
+        volume_id = convert.volume_id(request)
+        health = answers.volume_health(volume_id, self._controller.volume_health(volume_id))
+        return pb.ControllerGetVolumeHealthResponse(volume_health=health)
+
+    def ControllerListVolumeHealth(
+        self, request: pb.ControllerListVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerListVolumeHealthResponse:
+        found, token = self._controller.list_health(*convert.page(request))
+        entries = [answers.volume_health(volume_id, health) for volume_id, health in found]
+        return pb.ControllerListVolumeHealthResponse(entries=entries, next_token=token)
+
+
+class NodeService(NodeServicer):
+    """Volumes as this node has them."""
+
+    def __init__(self, node: Node, features: DriverFeatures) -> None:
+        self._node = node
+        self._features = features
+
+    def NodeGetCapabilities(
+        self, request: pb.NodeGetCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> pb.NodeGetCapabilitiesResponse:
+        offered = [
+            _NodeRpc.GET_VOLUME_STATS,
+            _NodeRpc.SINGLE_NODE_MULTI_WRITER,
+            _NodeRpc.GET_VOLUME_HEALTH,
+            _NodeRpc.GET_STORAGE_HEALTH,
+        ]
+        if self._features.stages:
+            offered.append(_NodeRpc.STAGE_UNSTAGE_VOLUME)
+        if self._features.grows_on_node:
+            offered.append(_NodeRpc.EXPAND_VOLUME)
+        kind = pb.NodeServiceCapability
+        return pb.NodeGetCapabilitiesResponse(
+            capabilities=[kind(rpc=kind.RPC(type=capability)) for capability in offered]
+        )
+
+    def NodeGetInfo(
+        self, request: pb.NodeGetInfoRequest, context: grpc.ServicerContext
+    ) -> pb.NodeGetInfoResponse:
+        return answers.node_info(self._node.info())
+
+    def NodeStageVolume(
+        self, request: pb.NodeStageVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.NodeStageVolumeResponse:
+        self._check_stages("NodeStageVolume")
+        self._node.stage(convert.stage_request(request))
+        return pb.NodeStageVolumeResponse()
+
+    def NodeUnstageVolume(
+        self, request: pb.NodeUnstageVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.NodeUnstageVolumeResponse:
+        self._check_stages("NodeUnstageVolume")
+        self._node.unstage(*convert.unstage(request))
+        return pb.NodeUnstageVolumeResponse()
+
+    def NodePublishVolume(
+        self, request: pb.NodePublishVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.NodePublishVolumeResponse:
+        self._node.publish(convert.publish_request(request))
+        return pb.NodePublishVolumeResponse()
+
+    def NodeUnpublishVolume(
+        self, request: pb.NodeUnpublishVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.NodeUnpublishVolumeResponse:
+        self._node.unpublish(*convert.unpublish(request))
+        return pb.NodeUnpublishVolumeResponse()
+
+    def NodeGetVolumeStats(
+        self, request: pb.NodeGetVolumeStatsRequest, context: grpc.ServicerContext
+    ) -> pb.NodeGetVolumeStatsResponse:
+        return answers.stats(self._node.stats(*convert.stats(request)))
+
+    def NodeExpandVolume(
+        self, request: pb.NodeExpandVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.NodeExpandVolumeResponse:
+        if not self._features.grows_on_node:
+            raise Unimplemented("NodeExpandVolume: no pool here can grow its volumes")
+        return pb.NodeExpandVolumeResponse(capacity_bytes=self._node.expand(*convert.node_expansion(request)))
+
+    def NodeGetVolumeHealth(
+        self, request: pb.NodeGetVolumeHealthRequest, context: grpc.ServicerContext
+    ) -> pb.NodeGetVolumeHealthResponse:
+        volume_id, path = convert.volume_health(request)
+        health = answers.volume_health(volume_id, self._node.volume_health(volume_id, path))
+        return pb.NodeGetVolumeHealthResponse(volume_health=health)
+
+    def NodeGetStorageHealth(
+        self, request: pb.NodeGetStorageHealthRequest, context: grpc.ServicerContext
+    ) -> pb.NodeGetStorageHealthResponse:
+        return answers.storage_health(self._node.storage_health())
+
+    def _check_stages(self, method: str) -> None:
+        if not self._features.stages:
+            raise Unimplemented(f"{method}: no pool here has volumes that need it; publish them right away")
