@@ -16,8 +16,11 @@ SYSCTLS = tuple(
 )
 
 
-def save_sysctls() -> None:
-    layout.SAVED_SYSCTLS.write_text(json.dumps({str(path): path.read_text().strip() for path in SYSCTLS}))
+def remember_machine() -> None:
+    """Note what `remove_all` is to put back: settings, and which places of nodes did not exist."""
+    settings = {str(path): path.read_text().strip() for path in SYSCTLS}
+    missing = [place for place in layout.PLACES if not Path(place).exists()]
+    layout.MACHINE_BEFORE.write_text(json.dumps({"settings": settings, "missing": missing}))
 
 
 def remove_all() -> None:
@@ -30,7 +33,7 @@ def remove_all() -> None:
         run("ip", "netns", "delete", one.network_namespace, check=False)
         run("ip", "link", "delete", one.interface, check=False)
     run("ip", "link", "delete", layout.BRIDGE, check=False)
-    _restore_sysctls()
+    _restore_machine()
     shutil.rmtree(layout.ETCD_DATA, ignore_errors=True)
     shutil.rmtree(layout.ROOT, ignore_errors=True)
 
@@ -83,10 +86,14 @@ def _try_rmdir(directory: Path) -> None:
     try:
         directory.rmdir()
     except OSError:
-        return  # busy for a moment after its processes ended: the caller looks again
+        return  # in use, for a moment after its processes ended, or by others
 
 
-def _restore_sysctls() -> None:
-    if layout.SAVED_SYSCTLS.exists():
-        for path, value in json.loads(layout.SAVED_SYSCTLS.read_text()).items():
-            Path(path).write_text(value)
+def _restore_machine() -> None:
+    if not layout.MACHINE_BEFORE.exists():
+        return
+    before = json.loads(layout.MACHINE_BEFORE.read_text())
+    for path, value in before["settings"].items():
+        Path(path).write_text(value)
+    for place in before["missing"]:
+        _try_rmdir(Path(place))

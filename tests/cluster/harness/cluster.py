@@ -98,7 +98,7 @@ def _start(nodes: list[Node], archives: list[Path]) -> None:
         print(f"{time.monotonic() - begin:5.1f} s  {what}", flush=True)
 
     layout.ROOT.mkdir(parents=True)
-    cleanup.save_sysctls()
+    cleanup.remember_machine()
     certificates.make_all(nodes)
     control_plane.start_network()
     control_plane.start_api()

@@ -11,7 +11,7 @@ PKI = ROOT / "pki"
 LOGS = ROOT / "log"
 PIDS = ROOT / "pids"
 KUBECONFIG = PKI / "admin.kubeconfig"
-SAVED_SYSCTLS = ROOT / "sysctls.json"
+MACHINE_BEFORE = ROOT / "machine-before.json"
 # The store of a throw-away cluster belongs into memory: etcd waits for the disk at every write.
 ETCD_DATA = Path("/dev/shm/orlop-cluster-etcd") if Path("/dev/shm").is_dir() else ROOT / "etcd"
 
@@ -25,6 +25,17 @@ ETCD_URL = "http://127.0.0.1:12379"
 ETCD_PEER_URL = "http://127.0.0.1:12380"
 CGROUP = "orlop-cluster"
 CNI_PLUGINS = Path("/usr/lib/cni")
+
+
+# Where a node sees a directory of its own instead of the machine's.
+PLACES = (
+    "/var/lib/kubelet",
+    "/var/lib/containerd",
+    "/var/lib/cni",
+    "/var/lib/orlop",
+    "/var/log",
+    "/data",
+)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,13 @@ def _enter_new_namespaces(node: Node) -> list[str]:
 
 
 def _init_arguments(node: Node) -> list[str]:
-    return [node.name, node.address, os.fspath(node.directory), os.fspath(layout.PKI)]
+    return [
+        node.name,
+        node.address,
+        os.fspath(node.directory),
+        os.fspath(layout.PKI),
+        " ".join(layout.PLACES),
+    ]
 
 
 def _wait_for_child(parent: int) -> int:

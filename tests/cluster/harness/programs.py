@@ -114,10 +114,20 @@ def _version_flags(program: Program) -> str:
 def _install_helm() -> None:
     package = f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}"
     target = cache_directory() / "helm-install"
-    command = ["go", "install", "-v", "-trimpath", "-ldflags", "-s -w", package]
+    command = ["go", "install", "-v", "-trimpath", "-ldflags", f"-s -w {_helm_version_flags()}", package]
     _run_with_progress("helm", command, cache_directory(), {"CGO_ENABLED": "0", "GOBIN": os.fspath(target)})
     (target / "helm").rename(bin_directory() / "helm")
     target.rmdir()
+
+
+def _helm_version_flags() -> str:
+    """Untold, helm takes itself for one of Kubernetes 1.20, and refuses charts that want a newer one."""
+    minor = module_version("kubernetes", "k8s.io/kubernetes").split(".")[1]
+    helm, lint = "helm.sh/helm/v3/internal/version", "helm.sh/helm/v3/pkg/lint/rules"
+    values = {f"{helm}.version": HELM_VERSION}
+    for place in (lint, "helm.sh/helm/v3/pkg/chartutil"):
+        values |= {f"{place}.k8sVersionMajor": "1", f"{place}.k8sVersionMinor": minor}
+    return " ".join(f"-X {name}={value}" for name, value in values.items())
 
 
 def _copy_snapshot_crds() -> None:
