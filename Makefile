@@ -114,3 +114,7 @@ setup-bench:
 .PHONY: clean
 clean:  ## remove the virtual environment and every cache
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+
+##@ A cluster, a second kernel (tests/cluster, tests/lab)
+
+include $(wildcard tests/*/*.mk)
