@@ -6,7 +6,7 @@ Nothing about mounts is remembered: each call asks the kernel what is there. Req
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from csi_driver.catalog import Home
 from csi_driver.config import parse_size
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
 from csi_driver.health import Health
-from csi_driver.linux import files, filesystem, mount
+from csi_driver.linux import files, filesystem, mount, privileges, unmounted
 from csi_driver.locks import Locks
 from csi_driver.model import (
     AccessMode,
@@ -25,6 +25,7 @@ from csi_driver.model import (
     CapacityRange,
     HealthEntry,
     NodeInfo,
+    Parameters,
     PublishRequest,
     Record,
     StageRequest,
@@ -210,34 +211,26 @@ class Node:
 
     def _stage(self, pool: Pool, home: Home, record: Record, staging: Path, capability: Capability) -> None:
         attributes, options = _mount_flags(capability, superblock=pool.backend.features.stages)
-        standing = pool.backend.find_attached(home, record)
-        attachment = standing or pool.backend.attach(home, record)
+        attachment = pool.backend.attach(home, record)
         with attachment:
             if not isinstance(attachment, Device) or record.access_type is AccessType.BLOCK:
                 return
             try:
                 # Never read-only here: other pods on the node may write; each bind is read-only by itself.
-                _mount_staged(attachment, staging, options, replace(attributes, readonly=False))
+                size_bytes = pool.size_bytes(home)
+                _mount_staged(attachment, size_bytes, staging, options, replace(attributes, readonly=False))
                 self._fit_filesystem(pool, home, record, staging)
             except BaseException:
-                if standing is None and not _is_staged(attachment, staging):
-                    pool.backend.detach(home)
+                if mount.find_mounted(staging) is None:
+                    _try_detach(pool, home)
                 raise
 
     def _fit_filesystem(self, pool: Pool, home: Home, record: Record, staging: Path) -> None:
         """The root that pods see, and a filesystem as large as its device (a crash or a controller grew only that)."""
-        parameters = pool.parameters(record)
         with _opened(staging) as fd:
-            os.close(
-                files.ensure_directory(
-                    fd,
-                    PAYLOAD_DIRECTORY,
-                    mode=0o755 if parameters.mode is None else parameters.mode,
-                    uid=parameters.uid or 0,
-                    gid=parameters.gid or 0,
-                )
-            )
-            filesystem.grow(record.fs_type, fd, pool.size_bytes(home))
+            os.close(_ensure_directory(fd, PAYLOAD_DIRECTORY, pool.parameters(record)))
+            if privileges.can_grow_mounted(record.fs_type):
+                filesystem.grow(record.fs_type, fd, pool.size_bytes(home))
 
     def _grow_filesystem(self, pool: Pool, home: Home, record: Record, path: Path, size_bytes: int) -> None:
         attachment = pool.backend.find_attached(home, record)
@@ -248,6 +241,11 @@ class Node:
                 return
             if not _is_staged(attachment, path):
                 raise NotFound(f"volume_path {os.fspath(path)!r}: volume {home.id!r} is not mounted there")
+            if not privileges.can_grow_mounted(record.fs_type):
+                raise FailedPrecondition(
+                    f"volume {home.id!r}: its device has {size_bytes} bytes now; this process lacks CAP_SYS_RESOURCE, "
+                    f"so its {record.fs_type} filesystem grows when it is next staged: end the pods that use it"
+                )
             with _opened(path) as fd:
                 filesystem.grow(record.fs_type, fd, size_bytes)
 
@@ -272,18 +270,12 @@ class Node:
                 yield fd
             return
         with self._root(pool, home, record, Path(request.staging_target_path)) as root_fd:
-            sub_path = expand_sub_path(pool.parameters(record).sub_path, record, request.context)
+            parameters = pool.parameters(record)
+            sub_path = expand_sub_path(parameters.sub_path, record, request.context)
             if not sub_path:
                 yield root_fd
                 return
-            parameters = pool.parameters(record)
-            fd = files.ensure_directory(
-                root_fd,
-                sub_path,
-                mode=0o755 if parameters.mode is None else parameters.mode,
-                uid=parameters.uid or 0,
-                gid=parameters.gid or 0,
-            )
+            fd = _ensure_directory(root_fd, sub_path, parameters)
             try:
                 yield fd
             finally:
@@ -364,8 +356,26 @@ class Node:
         pool.delete(home)
 
 
-def _mount_staged(device: Device, staging: Path, options: list[str], attributes: mount.Attributes) -> None:
+def _ensure_directory(dir_fd: int, path: str, parameters: Parameters) -> int:
+    """A directory in the volume, with the owner and mode that its parameters ask for."""
+    mode = 0o755 if parameters.mode is None else parameters.mode
+    uid, gid = parameters.uid or 0, parameters.gid or 0
+    # Made again after a crash if need be: the sync of what pods write there keeps it too.
+    return files.ensure_directory(dir_fd, path, mode=mode, uid=uid, gid=gid, durable=False)
+
+
+def _try_detach(pool: Pool, home: Home) -> None:
+    """After a failure: undo the attachment, unless something else uses it."""
+    with suppress(FailedPrecondition):
+        pool.backend.detach(home)
+
+
+def _mount_staged(
+    device: Device, size_bytes: int, staging: Path, options: list[str], attributes: mount.Attributes
+) -> None:
     if mount.find_mounted(staging) is None:
+        if not privileges.can_grow_mounted(device.fs_type):
+            unmounted.grow_ext4(device.path, size_bytes)
         all_options = [*device.mount_options, *options]
         mount.mount_device(device.path, staging, device.fs_type, all_options, attributes)
     elif not _is_staged(device, staging):

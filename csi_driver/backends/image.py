@@ -44,6 +44,14 @@ SMALLEST_DEVICE = MIB
 LARGEST = 16 * TIB
 
 
+MOUNT_OPTIONS = {
+    # It refuses a second filesystem of the same uuid otherwise, and a restored volume is just that.
+    "xfs": ("nouuid",),
+    # It discards by default, which would punch holes into a thick image. A user's mount option wins: it comes later.
+    "btrfs": ("nodiscard",),
+}
+
+
 class ImageOptions(msgspec.Struct, frozen=True):
     """The keys of a pool with `backend = "image"`."""
 
@@ -157,8 +165,9 @@ class ImageBackend:
                 sector_size = max(512, files.direct_io_alignment(fd) or 512)
             direct_io = self._options.direct_io
             attached = loop.attach(fd, readonly=readonly, direct_io=direct_io, sector_size=sector_size)
-            if not readonly and not _is_thin(os.fstat(fd)):
-                # A discard would punch holes into the image, and its blocks would be anyone's.
+            if record.access_type is AccessType.BLOCK and not readonly and not _is_thin(os.fstat(fd)):
+                # A discard from the pod would punch holes into the image, and its blocks would be anyone's. (A
+                # filesystem discards only when its mount options say so, and this freezes the queue for 10 ms.)
                 loop.disable_discard(attached)
         finally:
             os.close(fd)
@@ -271,9 +280,7 @@ def _is_thin(image: os.stat_result) -> bool:
 
 
 def _device(attached: loop.Loop, record: Record) -> Device:
-    # xfs refuses a second filesystem of the same uuid, and a restored volume is just that.
-    options = ("nouuid",) if record.fs_type == "xfs" else ()
-    return Device(attached.path, attached.device, record.fs_type, options)
+    return Device(attached.path, attached.device, record.fs_type, MOUNT_OPTIONS.get(record.fs_type, ()))
 
 
 def _filesystem_health(home: Home, device: Device) -> list[HealthEntry]:

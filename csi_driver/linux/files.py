@@ -71,11 +71,13 @@ def open_beneath(dir_fd: int, path: str, flags: int = os.O_RDONLY, mode: int = 0
     return syscall.openat2(dir_fd, path, flags, mode, _SAFE)
 
 
-def ensure_directory(dir_fd: int, path: str, *, mode: int = 0o755, uid: int = -1, gid: int = -1) -> int:
+def ensure_directory(
+    dir_fd: int, path: str, *, mode: int = 0o755, uid: int = -1, gid: int = -1, durable: bool = True
+) -> int:
     """Make sure that directory `path` stands beneath `dir_fd`; return a readable descriptor of it.
 
     Missing components appear complete (owner, mode, synced) or not at all; existing ones are left as they are. An
-    owner of -1 is the caller.
+    owner of -1 is the caller. Without `durable` they appear whole too, and a crash of the machine may undo them.
     The descriptor serves as `source_fd` of `mount.bind`. Who loses a race uses what the winner made.
 
     Raises OSError: ENOTDIR a non-directory in the way, ELOOP a symlink, EXDEV `..` or an absolute path.
@@ -90,14 +92,14 @@ def ensure_directory(dir_fd: int, path: str, *, mode: int = 0o755, uid: int = -1
     current = open_beneath(dir_fd, ".", _DIRECTORY)
     for component in components:
         try:
-            below = _ensure_component(current, component, mode, uid, gid)
+            below = _ensure_component(current, component, mode, uid, gid, durable)
         finally:
             os.close(current)
         current = below
     return current
 
 
-def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int) -> int:
+def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int, durable: bool) -> int:
     try:
         return open_beneath(dir_fd, name, _DIRECTORY)
     except FileNotFoundError:
@@ -109,7 +111,8 @@ def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int) -> 
         try:
             os.fchown(made, uid, gid)
             os.fchmod(made, mode)  # After chown, which clears setgid; mkdir's mode is cut by the umask.
-            os.fsync(made)
+            if durable:
+                os.fsync(made)
         finally:
             os.close(made)
         rename(dir_fd, temporary, dir_fd, name)
@@ -119,7 +122,8 @@ def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int) -> 
         os.rmdir(temporary, dir_fd=dir_fd)
         raise
     else:
-        os.fsync(dir_fd)
+        if durable:
+            os.fsync(dir_fd)
     return open_beneath(dir_fd, name, _DIRECTORY)
 
 
