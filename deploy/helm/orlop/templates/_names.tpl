@@ -1,0 +1,86 @@
+{{- define "orlop.labels" -}}
+app.kubernetes.io/name: orlop
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "orlop.selector" -}}
+app.kubernetes.io/name: orlop
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "orlop.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "orlop.socketDir" -}}
+{{ .Values.kubeletDir }}/plugins/{{ .Values.driverName }}
+{{- end }}
+
+{{/* The driver's configuration file. Scalars and lists are written as JSON, which TOML reads as well. */}}
+{{- define "orlop.config" -}}
+driver_name = {{ toJson .Values.driverName }}
+region = {{ toJson .Values.region }}
+zone = {{ toJson .Values.zone }}
+{{- range $key, $value := .Values.config }}
+{{ $key }} = {{ toJson $value }}
+{{- end }}
+{{- range $name, $pool := .Values.pools }}
+
+[pools.{{ $name }}]
+{{- range $key, $value := $pool }}
+{{ $key }} = {{ toJson $value }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Only the driver's own container may mount; a sidecar needs its socket and the network. */}}
+{{- define "orlop.sidecarSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{- define "orlop.driverSecurity" -}}
+# Mounts, loop devices and mounts that others see need all of it; nothing outside the mounted paths is touched.
+privileged: true
+readOnlyRootFilesystem: true
+{{- end }}
+
+{{- define "orlop.driverMounts" -}}
+- {name: config, mountPath: /etc/orlop, readOnly: true}
+- {name: socket, mountPath: /csi}
+# At kubelet's own path, for kubelet names the targets by it; what is mounted there must appear on the node.
+- {name: kubelet, mountPath: {{ .Values.kubeletDir }}, mountPropagation: Bidirectional}
+- {name: dev, mountPath: /dev}
+- {name: tmp, mountPath: /tmp}
+{{- range $name, $pool := .Values.pools }}
+- {name: pool-{{ $name }}, mountPath: {{ $pool.root }}, mountPropagation: HostToContainer}
+{{- end }}
+{{- range $index, $root := .Values.staticRoots }}
+- {name: static-{{ $index }}, mountPath: {{ $root }}, mountPropagation: HostToContainer}
+{{- end }}
+{{- end }}
+
+{{- define "orlop.driverVolumes" -}}
+- name: config
+  configMap: {name: {{ .Release.Name }}-config}
+- name: socket
+  hostPath: {path: {{ include "orlop.socketDir" . }}, type: DirectoryOrCreate}
+- name: kubelet
+  hostPath: {path: {{ .Values.kubeletDir }}, type: Directory}
+- name: dev
+  hostPath: {path: /dev, type: Directory}
+- name: tmp
+  emptyDir: {}
+{{- range $name, $pool := .Values.pools }}
+- name: pool-{{ $name }}
+  hostPath: {path: {{ $pool.root }}, type: DirectoryOrCreate}
+{{- end }}
+{{- range $index, $root := .Values.staticRoots }}
+- name: static-{{ $index }}
+  hostPath: {path: {{ $root }}, type: Directory}
+{{- end }}
+{{- end }}

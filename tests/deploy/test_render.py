@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chart and the kustomize files say the same, and what they say keeps the project's rules."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.harness import programs
+from tests.conftest import unavailable
+
+pytestmark = pytest.mark.cluster  # helm and kubectl are among the cluster's programs
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+CHART = DEPLOY / "helm/orlop"
+K0S = "/var/lib/k0s/kubelet"
+MICROK8S = "/var/snap/microk8s/common/var/lib/kubelet"
+ALL_SIDECARS = ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")
+
+Objects = dict[tuple[str, str], dict[str, Any]]
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name, path=f"{programs.bin_directory()}:{os.environ['PATH']}")
+    return path or unavailable(f"{name} not found; `make cluster` builds it")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def parse(text: str) -> Objects:
+    documents = [document for document in yaml.safe_load_all(text) if document]
+    return {(document["kind"], document["metadata"]["name"]): document for document in documents}
+
+
+def chart(*values: str) -> Objects:
+    settings = [word for value in ("namespace.create=true", *values) for word in ("--set", value)]
+    template = [tool("helm"), "template", "orlop", os.fspath(CHART), "--namespace", "orlop", "--no-hooks"]
+    return parse(run(*template, *settings))
+
+
+def kustomize(directory: str) -> Objects:
+    """The rendered objects, with the ConfigMap called as in the chart instead of by its hash."""
+    text = run(tool("kubectl"), "kustomize", os.fspath(DEPLOY / directory))
+    return parse(re.sub(r"orlop-config-[a-z0-9]{10}\b", "orlop-config", text))
+
+
+def normal(objects: Objects) -> Objects:
+    """Without what may differ: order where it means nothing, and how a changed configuration restarts the driver."""
+    for document in objects.values():
+        if document["kind"] == "ConfigMap":
+            document["data"]["config.toml"] = settings_of(document)
+        pod = document.get("spec", {}).get("template", {})
+        pod.get("metadata", {}).get("annotations", {}).pop("orlop.dev/config", None)
+        for item in [pod.get("spec", {}), *pod.get("spec", {}).get("containers", [])]:
+            item.get("volumes", []).sort(key=lambda volume: volume["name"])
+            item.get("volumeMounts", []).sort(key=lambda mount: mount["name"])
+    return objects
+
+
+def settings_of(config_map: dict[str, Any]) -> list[str]:
+    """The lines that say something: an unset region is as good as none."""
+    lines = config_map["data"]["config.toml"].splitlines()
+    return [line for line in lines if line and not line.startswith("#") and not line.endswith('= ""')]
+
+
+@pytest.mark.parametrize(
+    ("directory", "values"),
+    [
+        ("kustomize/base", ()),
+        ("kustomize/overlays/k0s", (f"kubeletDir={K0S}",)),
+        ("kustomize/overlays/microk8s", (f"kubeletDir={MICROK8S}",)),
+        ("minikube", ("pools.default.root=/data/orlop/default", "storageClasses[0].default=true")),
+    ],
+)
+def test_kustomize_says_what_the_chart_says(directory: str, values: tuple[str, ...]) -> None:
+    if any(value.startswith("storageClasses") for value in values):
+        values = (*values, "storageClasses[0].name=orlop")  # --set makes the list anew
+
+    ours, theirs = normal(kustomize(directory)), normal(chart(*values))
+
+    assert ours.keys() == theirs.keys()
+    for key, document in theirs.items():
+        assert ours[key] == document, key
+
+
+def test_the_kubelet_directory_is_one_value() -> None:
+    text = yaml.safe_dump_all(chart(f"kubeletDir={K0S}").values())
+
+    assert "/var/lib/kubelet" not in text
+
+
+def containers(objects: Objects) -> dict[str, dict[str, Any]]:
+    pods = [
+        document["spec"]["template"]["spec"]
+        for document in objects.values()
+        if "template" in document.get("spec", {})
+    ]
+    return {container["name"]: container for pod in pods for container in pod["containers"]}
+
+
+def test_only_the_driver_is_privileged_and_no_root_filesystem_is_writable() -> None:
+    found = containers(chart(*ALL_SIDECARS))
+
+    for name, container in found.items():
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"] is True, name
+        if name != "driver":
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+    assert [name for name, one in found.items() if one["securityContext"].get("privileged")] == ["driver"]
+
+
+def test_every_container_asks_for_resources_and_pulls_only_when_absent() -> None:
+    for name, container in containers(chart(*ALL_SIDECARS)).items():
+        assert container["resources"]["requests"].keys() == {"cpu", "memory"}, name
+        assert container["imagePullPolicy"] == "IfNotPresent", name
+
+
+def test_the_standard_sidecars_are_a_switch() -> None:
+    assert containers(chart()).keys() == {"driver", "csi-provisioner", "csi-resizer"}
+    assert containers(chart(*ALL_SIDECARS)).keys() == {
+        *("driver", "csi-provisioner", "csi-resizer"),
+        *("csi-snapshotter", "node-driver-registrar", "liveness-probe"),
+    }
+    assert not any("--kubelet-dir" in word for word in containers(chart(*ALL_SIDECARS))["driver"]["args"])
+
+
+def test_sidecars_have_the_versions_that_the_cluster_tests_run() -> None:
+    modules = {"csi-provisioner": "external-provisioner/v6", "csi-resizer": "external-resizer/v2"}
+    modules |= {"csi-snapshotter": "external-snapshotter/v8"}
+    found = containers(chart("snapshots.enabled=true"))
+
+    for name, module in modules.items():
+        version = programs.module_version("kubernetes", f"{programs.CSI}/{module}")
+        assert found[name]["image"] == f"registry.k8s.io/sig-storage/{name}:{version}"
+
+
+def test_no_object_grants_a_wildcard_or_secrets() -> None:
+    roles = [
+        document for (kind, _), document in chart(*ALL_SIDECARS).items() if kind in ("Role", "ClusterRole")
+    ]
+
+    assert len(roles) == 4
+    for role in roles:
+        for rule in role["rules"]:
+            assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"]
+            assert "secrets" not in rule["resources"]
+
+
+def test_every_right_says_who_needs_it() -> None:
+    for template in ("rbac-node.yaml", "rbac-resizer.yaml"):
+        lines = (CHART / "templates" / template).read_text().splitlines()
+        rules = [index for index, line in enumerate(lines) if line.strip().startswith("- apiGroups")]
+        assert rules
+        for index in rules:
+            comment = lines[index - 1].strip()
+            assert comment.startswith("# "), lines[index + 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("kubletDir=/x", "kubletDir"),
+        ("pools.Fast.root=/x", "Fast"),
+        ("pools.fast.backend=zfs", "backend"),
+        ("pools.fast.root=relative", "root"),
+        ("registration=both", "registration"),
+        ("storageClasses[0].volumeBindingMode=Later", "volumeBindingMode"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(value: str, complaint: str) -> None:
+    command = [tool("helm"), "template", "orlop", os.fspath(CHART), "--set", value]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode != 0
+    assert complaint in done.stderr
