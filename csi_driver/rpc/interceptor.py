@@ -85,11 +85,11 @@ class Interceptor(grpc.GenericRpcHandler):
         # One for all, so that strangers cannot grow the metrics.
         self._unknown = self._handler(_Method("unknown", "unknown", (), lambda raw: None, _refuse_unknown))
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """grpc asks for the handler of each call."""
         return self._handlers.get(handler_call_details.method, self._unknown)
 
-    def _handler(self, method: _Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def _handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
         # Without serializers grpc passes bytes through: a message that cannot be read or written fails in `_call`.
         return grpc.unary_unary_rpc_method_handler(partial(self._call, method))
 

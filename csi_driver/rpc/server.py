@@ -7,6 +7,7 @@ What is served is the caller's business, and so is when.
 import os
 import socket
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from csi_driver.errors import ConfigurationError
 
 SOCKET_PATH_BYTES = 107
 """What fits into a socket's address (sun_path, with its NUL)."""
+
+SETTLE_S = 0.1
+"""For what is on its way inside grpc: a call that has just arrived, an answer that has just been given."""
 
 _OPTIONS = (
     # A second process must not share the address silently.
@@ -72,10 +76,17 @@ class Server:
         return self._path is not None and _identity(self._path) == self._identity
 
     def stop(self, grace_s: float) -> None:
-        """Take the socket away, let the calls under way end for so long, and refuse new ones."""
+        """Take the socket away, refuse new calls, and let those under way end for so long."""
         if self._path is not None and self.is_listening():
             self._path.unlink(missing_ok=True)
-        self._server.stop(grace_s).wait(grace_s + 1)
+        stopped = self._server.stop(grace_s)
+        if not stopped.wait(SETTLE_S):
+            # There are calls, or only connections that nobody closes: grpc would wait for either.
+            ending = threading.Thread(target=self._pool.shutdown, name="drain", daemon=True)
+            ending.start()
+            ending.join(grace_s)
+            stopped.wait(SETTLE_S)
+            self._server.stop(0).wait(1.0)
         self._pool.shutdown(wait=False)
 
 
