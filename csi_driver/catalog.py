@@ -189,10 +189,13 @@ class Catalog:
         finally:
             os.close(home_fd)
 
-    def trash(self, home: Home) -> Home:
-        """Take a volume out of existence by one rename; its files go later, by `remove`."""
+    def trash(self, home: Home, *, keep: bool = True) -> Home:
+        """Take a volume out of existence by one rename; its files go later, by `remove`.
+
+        Not to `keep` it means that no retention holds it back.
+        """
         # The wall clock is in the name: it is the time that retention is counted from, after a reboot too.
-        number = time.time_ns()
+        number = time.time_ns() if keep else time.monotonic_ns()
         trashed = Home(home.id, f"{home.id}.{number}", TRASH, self._areas[TRASH], self.root / TRASH)
         files.rename(home.area_fd, home.name, trashed.area_fd, trashed.name)
         files.sync(trashed.area_fd)

@@ -353,7 +353,7 @@ class Node:
     def _delete_inline(self, pool: Pool, home: Home) -> None:
         mount.unmount(home.path / INLINE_MOUNT)
         pool.backend.detach(home)
-        pool.delete(home)
+        pool.delete(home, keep=False)
 
 
 def _ensure_directory(dir_fd: int, path: str, parameters: Parameters) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog, Home
 from csi_driver.config import PoolConfig
-from csi_driver.errors import Aborted, Error, FailedPrecondition
+from csi_driver.errors import Aborted, Error, FailedPrecondition, ResourceExhausted
 from csi_driver.model import (
     PLACEMENT_KEYS,
     AccessType,
@@ -117,6 +117,10 @@ class Pool:
             ResourceExhausted: no room; nothing is left behind.
             Aborted: it failed, and so did undoing it: repeat.
         """
+        if not self.is_present():
+            raise ResourceExhausted(
+                f"pool {self.name!r}: {self.catalog.root} is not there any more: is its disk mounted?"
+            )
         leftover = self.catalog.find_staged(record.id)
         if leftover is not None:
             self._discard(leftover)
@@ -146,8 +150,8 @@ class Pool:
             self.catalog.update(home, size_bytes=max(actual, size_bytes))
         return actual
 
-    def delete(self, home: Home) -> None:
-        """Take a volume out of existence; its files go in the background.
+    def delete(self, home: Home, *, keep: bool = True) -> None:
+        """Take a volume out of existence; its files go in the background, after the pool's retention if `keep`.
 
         Raises:
             FailedPrecondition: something on this node uses it.
@@ -158,7 +162,7 @@ class Pool:
                 f"volume {home.id!r}: still in use on this node ({holder}): end the pods that use it; "
                 "kubelet then unpublishes and unstages it"
             )
-        trashed = self.catalog.trash(home)
+        trashed = self.catalog.trash(home, keep=keep)
         self.space.move(home.id, trashed.name)
         self.on_trash()
 
