@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 
-from csi_driver.errors import InvalidArgument, invalid
+from csi_driver.errors import InvalidArgument, NotFound, invalid
 from csi_driver.rpc.status import shorten
 
 STRING_BYTES = 128
@@ -67,6 +67,17 @@ def path(field: str, value: str) -> str:
             field, quoted(value), "the root directory cannot be it: give the path of a directory beneath"
         )
     return simple
+
+
+def published_path(field: str, value: str) -> str:
+    """Where a volume is said to be. A relative path is no mistake of form to CSI: no volume is there.
+
+    Raises:
+        NotFound: it is relative.
+    """
+    if value and "\0" not in value and not value.startswith("/"):
+        raise NotFound(f"{field} {quoted(value)!r}: no volume is there: volumes are at absolute paths")
+    return path(field, value)
 
 
 def optional_path(field: str, value: str) -> str:

@@ -158,7 +158,7 @@ def stats(request: pb.NodeGetVolumeStatsRequest) -> tuple[str, str, str]:
     """CSI: NodeGetVolumeStats. The volume's id, the path, and where it is staged."""
     return (
         check.required("volume_id", request.volume_id),
-        check.path("volume_path", request.volume_path),
+        check.published_path("volume_path", request.volume_path),
         check.optional_path("staging_target_path", request.staging_target_path),
     )
 
@@ -169,7 +169,7 @@ def node_expansion(
     """CSI: NodeExpandVolume. The volume's id, the path, where it is staged, the size, how it is used."""
     return (
         check.required("volume_id", request.volume_id),
-        check.path("volume_path", request.volume_path),
+        check.published_path("volume_path", request.volume_path),
         check.optional_path("staging_target_path", request.staging_target_path),
         _capacity_range(request.capacity_range),
         _optional_capability(request),
