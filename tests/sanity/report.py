@@ -26,7 +26,7 @@ class Spec:
 @dataclass(frozen=True)
 class ExpectedSkip:
     settings: str
-    """A pattern over the names of settings: `*`, `image/block`, `*/mount`."""
+    """A pattern over the names of settings: `*`, `image/block`, `directory/*`."""
     spec: str
     """A pattern over the names of specs; `*` stands for any text."""
     reason: str
