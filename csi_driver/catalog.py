@@ -138,8 +138,7 @@ class Catalog:
 
     def ids(self) -> list[str]:
         """The ids of all volumes, in order."""
-        with os.scandir(self._areas[VOLUMES]) as entries:
-            return sorted(entry.name for entry in entries if self._is_ours(entry.name))
+        return [name for name in self._names(VOLUMES) if self._is_ours(name)]
 
     def home(self, volume_id: str) -> Home:
         """The home of an id that `ids` gave; does not look."""
@@ -204,7 +203,7 @@ class Catalog:
 
     def staged(self) -> Iterator[Home]:
         """What builds that died have left in staging."""
-        for name in sorted(os.listdir(self._areas[STAGING])):
+        for name in self._names(STAGING):
             yield self._home(STAGING, name)
 
     def find_staged(self, volume_id: str) -> Home | None:
@@ -218,7 +217,7 @@ class Catalog:
 
     def trashed(self) -> Iterator[tuple[Home, float]]:
         """The deleted homes and when each was deleted, in seconds since the epoch."""
-        for name in sorted(os.listdir(self._areas[TRASH])):
+        for name in self._names(TRASH):
             volume_id, _, number = name.rpartition(".")
             when = int(number) / 1e9 if number.isdecimal() else 0.0
             yield Home(volume_id, name, TRASH, self._areas[TRASH], self.root / TRASH), when
@@ -228,6 +227,15 @@ class Catalog:
         if home.area not in (STAGING, TRASH):
             raise Error(f"{home.path}: only staging and trash are ever removed")
         files.remove_tree(home.area_fd, home.name)
+
+    def _names(self, area: str) -> list[str]:
+        # Opened anew: a descriptor has one position that threads would share, and btrfs shows in an open directory
+        # nothing that was made in it after the opening.
+        fd = files.open_beneath(self._areas[area], ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
 
     def _home(self, area: str, volume_id: str) -> Home:
         return Home(volume_id, volume_id, area, self._areas[area], self.root / area)

@@ -28,6 +28,7 @@ BTRFS_QUOTA_CTL_DISABLE: Final = 2
 BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA: Final = 4
 BTRFS_QGROUP_LIMIT_MAX_RFER: Final = 1 << 0
 _UNLIMITED: Final = (1 << 64) - 1
+_LEVEL_SHIFT: Final = 48
 _MAGIC: Final = 0x94
 
 
@@ -68,6 +69,12 @@ class QgroupCreate(ctypes.Structure):
     _fields_ = [("create", c_uint64), ("qgroupid", c_uint64)]
 
 
+class QgroupAssign(ctypes.Structure):
+    """struct btrfs_ioctl_qgroup_assign_args."""
+
+    _fields_ = [("assign", c_uint64), ("src", c_uint64), ("dst", c_uint64)]
+
+
 class QuotaCtl(ctypes.Structure):
     """struct btrfs_ioctl_quota_ctl_args."""
 
@@ -101,8 +108,7 @@ class DevInfo(ctypes.Structure):
         ("uuid", c_uint8 * 16),
         ("bytes_used", c_uint64),
         ("total_bytes", c_uint64),
-        ("fsid", c_uint8 * 16),
-        ("unused", c_uint64 * 377),
+        ("unused", c_uint64 * 379),
         ("path", c_char * 1024),
     ]
 
@@ -119,12 +125,15 @@ BTRFS_IOC_RESIZE: Final = request_code(_W, _MAGIC, 3, ctypes.sizeof(VolArgs))
 BTRFS_IOC_SUBVOL_CREATE: Final = request_code(_W, _MAGIC, 14, ctypes.sizeof(VolArgs))
 BTRFS_IOC_SNAP_DESTROY: Final = request_code(_W, _MAGIC, 15, ctypes.sizeof(VolArgs))
 BTRFS_IOC_INO_LOOKUP: Final = request_code(_R | _W, _MAGIC, 18, ctypes.sizeof(InoLookup))
+BTRFS_IOC_WAIT_SYNC: Final = request_code(_W, _MAGIC, 22, 8)
 BTRFS_IOC_SNAP_CREATE_V2: Final = request_code(_W, _MAGIC, 23, ctypes.sizeof(VolArgsV2))
+BTRFS_IOC_START_SYNC: Final = request_code(_R, _MAGIC, 24, 8)
 BTRFS_IOC_SUBVOL_GETFLAGS: Final = request_code(_R, _MAGIC, 25, 8)
 BTRFS_IOC_SUBVOL_SETFLAGS: Final = request_code(_W, _MAGIC, 26, 8)
 BTRFS_IOC_DEV_INFO: Final = request_code(_R | _W, _MAGIC, 30, ctypes.sizeof(DevInfo))
 BTRFS_IOC_FS_INFO: Final = request_code(_R, _MAGIC, 31, ctypes.sizeof(FsInfo))
 BTRFS_IOC_QUOTA_CTL: Final = request_code(_R | _W, _MAGIC, 40, ctypes.sizeof(QuotaCtl))
+BTRFS_IOC_QGROUP_ASSIGN: Final = request_code(_W, _MAGIC, 41, ctypes.sizeof(QgroupAssign))
 BTRFS_IOC_QGROUP_CREATE: Final = request_code(_W, _MAGIC, 42, ctypes.sizeof(QgroupCreate))
 BTRFS_IOC_QGROUP_LIMIT: Final = request_code(_R, _MAGIC, 43, ctypes.sizeof(QgroupLimit))
 BTRFS_IOC_QUOTA_RESCAN_WAIT: Final = request_code(0, _MAGIC, 46, 0)
@@ -153,7 +162,7 @@ def snapshot(src_fd: int, dir_fd: int, name: str, readonly: bool = False) -> Non
 def delete_subvolume(dir_fd: int, name: str) -> None:
     """Delete the subvolume, read-only or not, in constant time; the space comes back in the background.
 
-    Its qgroup stays: see `remove_qgroup`. Missing is fine.
+    Its qgroup stays (kernels from 6.11 remove it once the space is back): see `remove_qgroup`. Missing is fine.
 
     Raises OSError: ENOTEMPTY it holds nested subvolumes (`tree.remove_tree` takes them along), ENOTDIR or EINVAL
     not a subvolume, EBUSY swap file or mount in it, EPERM the default subvolume.
@@ -186,6 +195,16 @@ def subvolume_id(fd: int) -> int:
     args = InoLookup(0, BTRFS_FIRST_FREE_OBJECTID)
     ioctl(fd, BTRFS_IOC_INO_LOOKUP, args, "BTRFS_IOC_INO_LOOKUP")
     return int(args.treeid)
+
+
+def subvolume_exists(root_fd: int, subvolume_id: int) -> bool:
+    """Whether there is such a subvolume; a deleted one is not, though its space may still be on its way back."""
+    args = InoLookup(subvolume_id, BTRFS_FIRST_FREE_OBJECTID)
+    try:
+        ioctl(root_fd, BTRFS_IOC_INO_LOOKUP, args, "BTRFS_IOC_INO_LOOKUP")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def set_readonly(fd: int, readonly: bool) -> None:
@@ -224,19 +243,17 @@ def quota_mode(root_fd: int) -> Literal["off", "qgroup", "simple"]:
     return "simple" if mode == "squota" else "qgroup"
 
 
-def enable_quota(root_fd: int) -> None:
-    """Keep quotas: simple ones where the kernel has them, else full qgroups (and wait for their first scan).
+def enable_quota(root_fd: int, mode: Literal["qgroup", "simple"] = "simple") -> None:
+    """Keep quotas of this kind; full qgroups are waited for until their first scan is done.
 
     Quotas that are already kept stay as they are. Simple quotas mark the filesystem so that kernels before 6.7
-    refuse to mount it.
+    refuse to mount it. Raises OSError: EINVAL or EOPNOTSUPP the kernel has no simple quotas.
     """
     if quota_mode(root_fd) != "off":
         return
-    try:
+    if mode == "simple":
         _quota_ctl(root_fd, BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
+    else:
         _quota_ctl(root_fd, BTRFS_QUOTA_CTL_ENABLE)
         wait_rescan(root_fd)
 
@@ -245,41 +262,91 @@ def _quota_ctl(root_fd: int, command: int) -> None:
     ioctl(root_fd, BTRFS_IOC_QUOTA_CTL, QuotaCtl(command, 0), "BTRFS_IOC_QUOTA_CTL")
 
 
-def set_limit(root_fd: int, subvolume_id: int, size_bytes: int) -> None:
-    """Let the subvolume refer to at most `size_bytes` (full qgroups), or write as much (simple); 0: no limit.
+def qgroup_id(level: int, number: int) -> int:
+    """The id of qgroup `level`/`number`. Those of subvolumes have level 0, so their ids are the subvolumes' own."""
+    return level << _LEVEL_SHIFT | number
 
-    Metadata counts. A limit below what is used refuses further writes only. Raises OSError: ENOTCONN quotas
-    are off, ENOENT no such qgroup.
+
+def ensure_qgroup(root_fd: int, qgroup: int) -> None:
+    """Make sure that the qgroup exists. ENOTCONN: quotas are off."""
+    with contextlib.suppress(FileExistsError):
+        ioctl(root_fd, BTRFS_IOC_QGROUP_CREATE, QgroupCreate(1, qgroup), "BTRFS_IOC_QGROUP_CREATE")
+
+
+def ensure_member(root_fd: int, qgroup: int, parent: int) -> None:
+    """Make sure that what `qgroup` holds counts for `parent`, of a higher level, too.
+
+    With simple quotas, subvolumes made inside a subvolume become members of its parents by themselves; with full
+    qgroups they do not.
     """
-    limit = QgroupLimit(subvolume_id, BTRFS_QGROUP_LIMIT_MAX_RFER, size_bytes or _UNLIMITED)
+    with contextlib.suppress(FileExistsError):
+        ioctl(root_fd, BTRFS_IOC_QGROUP_ASSIGN, QgroupAssign(1, qgroup, parent), "BTRFS_IOC_QGROUP_ASSIGN")
+
+
+def set_limit(root_fd: int, qgroup: int, size_bytes: int) -> None:
+    """Let the qgroup refer to at most `size_bytes` (full qgroups), or write as much (simple); 0: no limit.
+
+    Metadata counts. A limit below what is used refuses further writes only; a write past it fails with EDQUOT. Not
+    on disk before the next commit. Raises OSError: ENOTCONN quotas are off, ENOENT no such qgroup.
+    """
+    limit = QgroupLimit(qgroup, BTRFS_QGROUP_LIMIT_MAX_RFER, size_bytes or _UNLIMITED)
     ioctl(root_fd, BTRFS_IOC_QGROUP_LIMIT, limit, "BTRFS_IOC_QGROUP_LIMIT")
 
 
-def usage(root_fd: int, subvolume_id: int) -> tuple[int, int, int | None]:
+def usage(root_fd: int, qgroup: int) -> tuple[int, int, int | None]:
     """(referenced, exclusive, limit) in bytes, limit None if there is none; as of the last commit.
 
     Raises FileNotFoundError: quotas are off, or no such qgroup.
     """
-    folder = _sysfs(root_fd) / "qgroups" / f"0_{subvolume_id}"
+    number = qgroup & (1 << _LEVEL_SHIFT) - 1
+    folder = _sysfs(root_fd) / "qgroups" / f"{qgroup >> _LEVEL_SHIFT}_{number}"
 
-    def number(name: str) -> int:
+    def read(name: str) -> int:
         return int((folder / name).read_text())
 
-    limited = number("limit_flags") & BTRFS_QGROUP_LIMIT_MAX_RFER
-    limit = number("max_referenced") if limited else _UNLIMITED
-    return number("referenced"), number("exclusive"), None if limit in (0, _UNLIMITED) else limit
+    limited = read("limit_flags") & BTRFS_QGROUP_LIMIT_MAX_RFER
+    limit = read("max_referenced") if limited else _UNLIMITED
+    return read("referenced"), read("exclusive"), None if limit in (0, _UNLIMITED) else limit
 
 
-def remove_qgroup(root_fd: int, subvolume_id: int) -> None:
-    """Forget the qgroup of a deleted subvolume. Missing is fine, quotas off too.
+def qgroup_numbers(root_fd: int, level: int) -> list[int]:
+    """The numbers of all qgroups of a level; none if quotas are off."""
+    try:
+        names = os.listdir(_sysfs(root_fd) / "qgroups")
+    except FileNotFoundError:
+        return []
+    parts = [name.split("_") for name in names]
+    return sorted(
+        int(part[1]) for part in parts if len(part) == 2 and part[0] == str(level) and part[1].isdecimal()
+    )
 
-    Raises OSError: EBUSY while the subvolume, or with simple quotas space that it wrote, is still there: repeat later.
+
+def is_inconsistent(root_fd: int) -> bool:
+    """Whether full qgroups have lost count, and stay so until a rescan. Simple quotas never do."""
+    try:
+        return (_sysfs(root_fd) / "qgroups" / "inconsistent").read_text().strip() == "1"
+    except FileNotFoundError:
+        return False
+
+
+def remove_qgroup(root_fd: int, qgroup: int) -> None:
+    """Forget the qgroup of a deleted subvolume, or one without members. Missing is fine, quotas off too.
+
+    Raises OSError: EBUSY while the subvolume, or with simple quotas space that it wrote, is still there (after a
+    deletion that takes about a commit interval, 30 s): repeat later.
     """
     try:
-        ioctl(root_fd, BTRFS_IOC_QGROUP_CREATE, QgroupCreate(0, subvolume_id), "BTRFS_IOC_QGROUP_CREATE")
+        ioctl(root_fd, BTRFS_IOC_QGROUP_CREATE, QgroupCreate(0, qgroup), "BTRFS_IOC_QGROUP_CREATE")
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTCONN):
             raise
+
+
+def commit(fd: int) -> None:
+    """Have all metadata on disk: subvolumes, qgroups, limits. fsync(2) promises only files and directories."""
+    transaction = c_uint64()
+    ioctl(fd, BTRFS_IOC_START_SYNC, transaction, "BTRFS_IOC_START_SYNC")
+    ioctl(fd, BTRFS_IOC_WAIT_SYNC, transaction, "BTRFS_IOC_WAIT_SYNC")
 
 
 def wait_rescan(root_fd: int) -> None:
