@@ -65,7 +65,7 @@ BACKENDS = {
     ),
     # The pool's filesystem has no project quota here; sizes that are not enforced must be said to be.
     "directory": Backend("ext4", (MOUNT,), "enforce_capacity = false\n"),
-    "btrfs": Backend("btrfs", (MOUNT,)),
+    "btrfs": Backend("btrfs", (MOUNT,), "enable_quota = true\n"),
 }
 
 
