@@ -31,7 +31,7 @@ _NUMBER: Final = r"\d{1,12}"
 
 def _keys(**patterns: str) -> str:
     """A comma-separated list of key=value, each value by its pattern."""
-    one = "|".join(f"{key}={value}" for key, value in patterns.items())
+    one = "|".join(f"{key}=(?:{value})" for key, value in patterns.items())
     return f"(?:{one})(?:,(?:{one}))*"
 
 
@@ -186,7 +186,14 @@ def _split(word: str) -> tuple[str, str | None]:
 
 def _readable(pattern: str) -> str:
     first = pattern.split("(?:,")[0]
-    plain = first.replace("(?:", "(").replace(r"\^?", "[^]").replace(_SIZE, "SIZE").replace(_NUMBER, "NUMBER")
+    # Of the innermost groups only those with a choice need their parentheses.
+    plain = (
+        re.sub(r"\(\?:([^()|]*)\)", r"\1", first)
+        .replace("(?:", "(")
+        .replace(r"\^?", "[^]")
+        .replace(_SIZE, "SIZE")
+        .replace(_NUMBER, "NUMBER")
+    )
     return re.sub(r"\\(\W)", r"\1", plain)
 
 

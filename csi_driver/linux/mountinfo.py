@@ -38,7 +38,7 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """All mounts that this process can see, in the kernel's order (a stacked mount follows what it covers)."""
-    return [_parse(line) for line in _lines()]
+    return [parse(line) for line in _lines()]
 
 
 def _lines() -> list[bytes]:
@@ -54,7 +54,8 @@ def _lines() -> list[bytes]:
     return b"".join(parts).splitlines()
 
 
-def _parse(line: bytes) -> Mount:
+def parse(line: bytes) -> Mount:
+    """One line of mountinfo, its octal escapes undone; bytes that are not UTF-8 as surrogates. See proc(5)."""
     # 36 35 98:0 /root /target rw,noatime master:1 … - ext3 /dev/root rw,errors=continue
     front, _, back = line.partition(b" - ")
     mount_id, parent_id, device, root, target, options, *optional = front.split(b" ")
@@ -111,7 +112,7 @@ def _own(mount_id: int, known: list[Mount] | None) -> Mount | None:
 def find(mount_id: int) -> Mount | None:
     """The mount of this id (as statx's STATX_MNT_ID tells it); None if it is detached or gone."""
     prefix = b"%d " % mount_id
-    return next((_parse(line) for line in _lines() if line.startswith(prefix)), None)
+    return next((parse(line) for line in _lines() if line.startswith(prefix)), None)
 
 
 def _relative(path: str, base: str) -> str:

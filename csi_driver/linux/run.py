@@ -165,8 +165,9 @@ def _kill(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
         return process.communicate(timeout=_REAP_S)
     except subprocess.TimeoutExpired as late:
         # Stuck in the kernel and deaf even to SIGKILL, or a grandchild that left the group holds the pipes:
-        # do not wait for it. Popen reaps the child later, when it ends.
+        # do not wait for it. If the child is the stuck one, Popen reaps it later.
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
+        process.poll()
         return late.stdout or b"", late.stderr or b""
