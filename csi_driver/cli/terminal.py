@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where commands write: results to stdout, for people or as JSON; what went wrong to stderr."""
+
+import sys
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+
+
+def console() -> Console:
+    """For results. Lines are wrapped by the terminal, so that paths can be copied whole."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """Say on stderr why a command cannot do its work."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]orlop:[/] {escape(message)}")
+
+
+def write_json(document: Any) -> None:
+    """One JSON document, indented, on stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
