@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping
 from typing import Literal, TextIO
 
-import msgspec
-
 Format = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -57,7 +55,8 @@ class Json(logging.Formatter):
         trace = _trace(self, record)
         if trace:
             line["trace"] = trace
-        return msgspec.json.encode(line).decode()
+        # ASCII only: some programs break lines at U+2028, too.
+        return json.dumps(line, default=str)
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, object]:
@@ -73,7 +72,9 @@ def _word(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
-    return text if text and _PLAIN.issuperset(text) else json.dumps(text, ensure_ascii=False)
+    if text and _PLAIN.issuperset(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _one_line(text: str) -> str:
