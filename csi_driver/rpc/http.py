@@ -7,7 +7,7 @@ What the pages say is the caller's business (`metrics`, `health_pages` here for 
 import logging
 import socket
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from csi_driver.errors import ConfigurationError
+from csi_driver.errors import ConfigurationError, Error
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.status import shorten
 
@@ -122,7 +122,7 @@ class _Server(HTTPServer):
         self.server_address = self.socket.getsockname()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._pool.submit(self._answer, request, client_address)
+        self._pool.submit(self._answer, request, client_address).add_done_callback(_log_failure)
 
     def _answer(self, request: Any, client_address: Any) -> None:
         try:
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         if make is None:
             page = Page(f"there is {', '.join(sorted(self.server.routes))}\n".encode(), status=404)
         else:
-            page = make()
+            page = _made(self.path, make)
         self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
         self.send_header("Content-Length", str(len(page.body)))
@@ -157,6 +157,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("HTTP", extra={"fields": {"line": shorten(format % args, 256)}})
+
+
+def _made(path: str, make: Callable[[], Page]) -> Page:
+    try:
+        return make()
+    except (OSError, Error):
+        log.exception("HTTP page failed", extra={"fields": {"path": path}})
+        return Page(b"it failed; the driver's log has the details\n", status=500)
+
+
+def _log_failure(answered: "Future[None]") -> None:
+    # Nobody waits for the answer to a page, and a pool keeps what goes wrong in it to itself.
+    error = answered.exception()
+    if error is not None:
+        log.error("HTTP page failed", exc_info=error)
 
 
 def _listening(address: str, routes: Routes) -> _Server:
