@@ -182,10 +182,11 @@ def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
             f"{config.where} root {str(config.root)!r}: nothing is mounted there, and `mounted = true` demands it: "
             "mount the pool's disk first"
         )
+    backend = backends.create(config)
+    # First, lest a pool that cannot work here leaves its mark in the directory.
+    backend.check()
     catalog = Catalog.open(config.root, config.backend)
     undo.callback(catalog.close)
-    backend = backends.create(config)
-    backend.check()
     pool = Pool(config, catalog, backend)
     pool.adopt()
     return pool

@@ -97,7 +97,12 @@ class Catalog:
                 f"pool root {root}: another process uses this pool (it holds {root / LOCK_FILE}): stop it first; "
                 "one driver process serves a pool"
             )
-        return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend))
+        try:
+            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend))
+        except BaseException:
+            os.close(lock_fd)
+            os.close(root_fd)
+            raise
 
     def close(self) -> None:
         """Give the pool's lock back."""
@@ -183,7 +188,7 @@ class Catalog:
         raw = _raw(home) | changes
         home_fd = home.open_directory()
         try:
-            files.write_atomic(home_fd, RECORD_FILE, msgspec.json.encode(raw))
+            files.write_atomic(home_fd, RECORD_FILE, _encode(raw))
             files.sync(home_fd)
         finally:
             os.close(home_fd)
@@ -299,6 +304,6 @@ def _decode(raw: dict[str, Any], home: Home) -> Record:
         ) from error
 
 
-def _encode(record: Record) -> bytes:
+def _encode(record: Record | dict[str, Any]) -> bytes:
     # A person may have to read it one day, without this program.
     return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"

@@ -4,11 +4,13 @@
 Requests arrive checked (`rpc.convert`); mounts are `node`'s business, homes and payloads `pool`'s.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from csi_driver.catalog import Home
 from csi_driver.errors import (
     Aborted,
+    Error,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
@@ -18,12 +20,12 @@ from csi_driver.errors import (
 from csi_driver.health import Health
 from csi_driver.locks import Locks
 from csi_driver.model import (
+    AccessMode,
     AccessType,
     Capability,
     Capacity,
     CapacityRange,
     HealthEntry,
-    Parameters,
     Segments,
     TopologyRequirement,
     Volume,
@@ -34,6 +36,8 @@ from csi_driver.model import (
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.provision import access_type_of, grown_size, parse_parameters, provision, unsupported
+
+log = logging.getLogger(__name__)
 
 
 class Controller:
@@ -221,6 +225,9 @@ class Controller:
                 yield self._volume(pool, home, in_use=home.id in holders)
             except (NotFound, FileNotFoundError):
                 continue  # deleted since it was listed
+            except Error as error:
+                # One volume that cannot be read must not hide the others; the health calls tell of it.
+                log.error("not listed: %s", error)
 
     def _ids_after(self, token: str) -> list[str]:
         if token and self._pools.named_of(token) is None:
@@ -238,11 +245,11 @@ class Controller:
         try:
             if unsupported(pool, capabilities):
                 return None
-            access_type = access_type_of(capabilities) if capabilities else AccessType.MOUNT
-            parsed = parse_parameters(pool, parameters, capabilities) if capabilities else Parameters()
+            # The provisioner asks with a StorageClass's parameters and no capabilities.
+            asked = capabilities or (Capability(AccessType.MOUNT, AccessMode.SINGLE_NODE_WRITER),)
+            return pool.capacity(access_type_of(asked), parse_parameters(pool, parameters, asked))
         except InvalidArgument:
             return None
-        return pool.capacity(access_type, parsed)
 
     def _check_topology(self, topology: TopologyRequirement) -> None:
         places = topology.requisite or topology.preferred

@@ -83,9 +83,10 @@ class SizeLimits:
             OutOfRange: no size satisfies both the request and this backend.
         """
         lowest = max(wanted.required_bytes, self.minimum_bytes)
-        if not wanted.required_bytes:
-            lowest = max(lowest, min(DEFAULT_SIZE, wanted.limit_bytes or DEFAULT_SIZE))
         size = -(-lowest // self.multiple_bytes) * self.multiple_bytes
+        if not wanted.required_bytes:
+            usual = min(DEFAULT_SIZE, wanted.limit_bytes or DEFAULT_SIZE, self.maximum_bytes)
+            size = max(size, usual // self.multiple_bytes * self.multiple_bytes)
         if size > self.maximum_bytes:
             raise OutOfRange(
                 f"capacity_range.required_bytes {wanted.required_bytes}: larger than the largest volume "

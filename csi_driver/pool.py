@@ -5,14 +5,16 @@ Each operation leaves the pool as it was when it fails, and may be repeated afte
 the volume's lock. What CSI makes of it is `controller`'s and `node`'s business.
 """
 
+import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog, Home
 from csi_driver.config import PoolConfig
-from csi_driver.errors import Aborted, Error, FailedPrecondition, ResourceExhausted
+from csi_driver.errors import Aborted, ConfigurationError, Error, FailedPrecondition, ResourceExhausted
 from csi_driver.model import (
     PLACEMENT_KEYS,
     AccessType,
@@ -46,20 +48,27 @@ class Pool:
         """Take over what is there: volumes are counted, half-made homes discarded.
 
         Raises:
-            ConfigurationError: a record was written by a newer version.
+            ConfigurationError: a record was written by a newer version, or the pool has been given another name.
         """
-        for home in list(self.catalog.staged()):
-            self._discard(home)
+        self._discard_all()
         self.damaged = {}
         shares = {}
         for volume_id in self.catalog.ids():
+            self._check_name(volume_id)
             try:
                 shares[volume_id] = self._share(self.catalog.home(volume_id))
-            except Error as error:
-                log.error("pool %s: %s", self.name, error)
+            except ConfigurationError:
+                raise
+            except (OSError, Error) as error:
+                # The others can still be served.
+                log.error("pool %s: volume %s: %s", self.name, volume_id, error)
                 self.damaged[volume_id] = str(error)
         for home, _ in self.catalog.trashed():
-            size = self.backend.written_bytes(home)
+            try:
+                size = self.backend.written_bytes(home)
+            except OSError as error:
+                log.error("pool %s: %s: cannot be counted: %s", self.name, home.path, error)
+                continue
             shares[home.name] = (size, size)
         self.space.adopt(shares)
 
@@ -121,14 +130,19 @@ class Pool:
             raise ResourceExhausted(
                 f"pool {self.name!r}: {self.catalog.root} is not there any more: is its disk mounted?"
             )
-        leftover = self.catalog.find_staged(record.id)
-        if leftover is not None:
-            self._discard(leftover)
         promised = self.backend.promised_bytes(spec.size_bytes, spec.parameters)
         needed = promised or spec.size_bytes
-        with self.space.reserve(record.id, promised, needed):
-            home = self._build(spec, record)
-            self.space.settle(record.id, self.backend.written_bytes(home))
+        with self._no_room(record.id):
+            self._discard_leftover(record.id)
+            try:
+                with self.space.reserve(record.id, promised, needed):
+                    home = self._build(spec, record)
+                    self.space.settle(record.id, self.backend.written_bytes(home))
+            except BaseException:
+                standing = self.catalog.find(record.id)
+                if standing is not None:
+                    self.space.add(record.id, *self._share(standing))
+                raise
         return home
 
     def grow(self, home: Home, record: Record, size_bytes: int) -> int:
@@ -139,13 +153,13 @@ class Pool:
         """
         parameters = self.parameters(record)
         before = self.backend.size_bytes(home)
-        if before < size_bytes:
-            promised = self.backend.promised_bytes(size_bytes, parameters)
-            needed = promised - self.backend.promised_bytes(before, parameters)
-            with self.space.reserve(home.id, promised, needed):
-                self.backend.grow(home, size_bytes)
-                self.space.settle(home.id, self.backend.written_bytes(home))
-        actual = self.backend.size_bytes(home)
+        wanted = max(size_bytes, before)
+        promised = self.backend.promised_bytes(wanted, parameters)
+        needed = promised - self.backend.promised_bytes(before, parameters)
+        with self._no_room(home.id), self.space.reserve(home.id, promised, needed):
+            # Also when it is that large already: a crash may have left what lies above the payload behind.
+            actual = self.backend.grow(home, wanted)
+            self.space.settle(home.id, self.backend.written_bytes(home))
         if record.size_bytes < max(actual, size_bytes):
             self.catalog.update(home, size_bytes=max(actual, size_bytes))
         return actual
@@ -172,14 +186,20 @@ class Pool:
         """Remove what was deleted longer than the retention ago; seconds until the next is due, None for none."""
         now = time.time() if now is None else now
         due: list[float] = []
+        failures: list[OSError | Error] = []
         for home, when in list(self.catalog.trashed()):
             wait = when + self.config.retention_s - now
             if wait > 0:
                 due.append(wait)
                 continue
-            with self.space.release(home.name):
-                self.backend.clear(home)
-                self.catalog.remove(home)
+            try:
+                with self.space.release(home.name):
+                    self._discard(home)
+            except (OSError, Error) as error:
+                # One that cannot go yet (something is mounted in it) must not keep the others.
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return min(due, default=None)
 
     def refresh(self) -> None:
@@ -218,6 +238,46 @@ class Pool:
                     f"({error}): it is removed at the next try"
                 ) from failure
             raise
+
+    @contextmanager
+    def _no_room(self, volume_id: str) -> Iterator[None]:
+        """What the filesystem refuses for want of room, or as it is read-only: another node should be asked."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise ResourceExhausted(f"volume {volume_id!r}: pool {self.name!r}: {error}") from error
+
+    def _check_name(self, volume_id: str) -> None:
+        parsed = VolumeId.find(volume_id)
+        if parsed is not None and parsed.pool != self.name:
+            raise ConfigurationError(
+                f"{self.config.where}: {self.catalog.root} holds volumes of a pool named {parsed.pool!r}, and their ids "
+                f"say so: call the pool [pools.{parsed.pool}] again"
+            )
+
+    def _discard_all(self) -> None:
+        for home in list(self.catalog.staged()):
+            try:
+                self._discard(home)
+            except (OSError, Error) as error:
+                log.error(
+                    "pool %s: %s: half-made, and cannot be removed yet: %s", self.name, home.path, error
+                )
+
+    def _discard_leftover(self, volume_id: str) -> None:
+        leftover = self.catalog.find_staged(volume_id)
+        if leftover is None:
+            return
+        try:
+            self._discard(leftover)
+        except (OSError, Error) as error:
+            if isinstance(error, OSError) and error.errno == errno.EROFS:
+                raise
+            raise Aborted(
+                f"volume {volume_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
+            ) from error
 
     def _discard(self, home: Home) -> None:
         self.backend.clear(home)

@@ -36,14 +36,14 @@ def provision(pools: Pools, request: VolumeRequest) -> tuple[Pool, Home]:
     if existing is not None:
         _check_same(existing[0], existing[1], request, candidates)
         return existing
-    failure: Error | None = None
+    failures: list[Error] = []
     for pool in candidates:
         try:
             return pool, _create(pool, request)
-        except (ResourceExhausted, OutOfRange) as error:
-            failure = failure or error
-    assert failure is not None, "candidates are never empty"
-    raise failure
+        except (InvalidArgument, OutOfRange, ResourceExhausted) as error:
+            failures.append(error)
+    # What this node has no room for, another one may have: that is the answer, whatever the other pools cannot do.
+    raise next((failure for failure in failures if not isinstance(failure, InvalidArgument)), failures[0])
 
 
 def parse_parameters(
