@@ -165,10 +165,9 @@ class ImageBackend:
                 sector_size = max(512, files.direct_io_alignment(fd) or 512)
             direct_io = self._options.direct_io
             attached = loop.attach(fd, readonly=readonly, direct_io=direct_io, sector_size=sector_size)
-            if record.access_type is AccessType.BLOCK and not readonly and not _is_thin(os.fstat(fd)):
-                # A discard from the pod would punch holes into the image, and its blocks would be anyone's. (A
-                # filesystem discards only when its mount options say so, and this freezes the queue for 10 ms.)
-                loop.disable_discard(attached)
+            if not readonly:
+                # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
+                loop.set_discard(attached, allowed=_is_thin(os.fstat(fd)))
         finally:
             os.close(fd)
         self._loops[home.id, readonly] = attached.number

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One volume on this node: attached, its filesystem mounted once, and found there by what is published from it.
+
+A volume whose payload is a directory needs none of it. Locks, idempotency against arguments and targets are `node`'s.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from csi_driver.backends.base import PAYLOAD_DIRECTORY, Device, Directory
+from csi_driver.catalog import Home
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
+from csi_driver.linux import files, filesystem, mount, privileges, unmounted
+from csi_driver.model import AccessType, Capability, Parameters, PublishRequest, Record
+from csi_driver.pool import Pool
+from csi_driver.provision import unsupported
+from csi_driver.subpath import expand_sub_path
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A volume that is here: its pool, its home and what its record says."""
+
+    pool: Pool
+    home: Home
+    record: Record
+
+    @property
+    def is_block(self) -> bool:
+        return self.record.access_type is AccessType.BLOCK
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.pool.parameters(self.record)
+
+
+def usable(pool: Pool, home: Home, capability: Capability) -> Local:
+    """The volume, if it can be used as the capability says.
+
+    Raises:
+        FailedPrecondition: it cannot. CSI: "exceeds capabilities".
+    """
+    record = pool.catalog.read(home)
+    if capability.access_type is not record.access_type:
+        raise FailedPrecondition(
+            f"volume_capability: volume {home.id!r} is a {record.access_type} volume, not {capability.access_type}"
+        )
+    if capability.fs_type and capability.fs_type != record.fs_type:
+        raise FailedPrecondition(
+            f"volume_capability.fs_type {capability.fs_type!r}: volume {home.id!r} holds {record.fs_type!r}"
+        )
+    reason = unsupported(pool, (capability,))
+    if reason:
+        raise FailedPrecondition(f"volume_capability: {reason}")
+    return Local(pool, home, record)
+
+
+def stage(volume: Local, staging: Path, capability: Capability) -> None:
+    """Attach the volume and mount its filesystem; what stands already is kept, what fails is undone."""
+    attributes, options = mount_flags(capability, superblock=volume.pool.backend.features.stages)
+    with volume.pool.backend.attach(volume.home, volume.record) as attachment:
+        if not isinstance(attachment, Device) or volume.is_block:
+            return
+        try:
+            # Never read-only here: other pods on the node may write; each bind is read-only by itself.
+            _mount(volume, attachment, staging, options, replace(attributes, readonly=False))
+            _fit(volume, staging)
+        except BaseException:
+            if mount.find_mounted(staging) is None:
+                # Unless something else uses it.
+                with suppress(FailedPrecondition):
+                    volume.pool.backend.detach(volume.home)
+            raise
+
+
+def grow(volume: Local, path: Path, size_bytes: int) -> None:
+    """Grow the filesystem that is mounted at `path` to the device's new size; nothing to do for directories.
+
+    Raises:
+        NotFound: the volume is not mounted there.
+        FailedPrecondition: it is not staged, or this process may not.
+    """
+    attachment = volume.pool.backend.find_attached(volume.home, volume.record)
+    if attachment is None:
+        raise _not_staged(volume)
+    with attachment:
+        if not isinstance(attachment, Device):
+            return
+        if not _is_mounted(attachment, path):
+            raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume.home.id!r} is not mounted there")
+        if not privileges.can_grow_mounted(attachment.fs_type):
+            raise FailedPrecondition(
+                f"volume {volume.home.id!r}: its device has {size_bytes} bytes now; this process lacks "
+                f"CAP_SYS_RESOURCE, so its {attachment.fs_type} filesystem grows when it is next staged: end the "
+                "pods that use it"
+            )
+        with opened(path) as fd:
+            filesystem.grow(attachment.fs_type, fd, size_bytes)
+
+
+@contextmanager
+def source(volume: Local, request: PublishRequest, *, readonly: bool) -> Iterator[int]:
+    """An fd of what a target is to show: the volume's root, its `subPath` in there, or a device node.
+
+    Raises:
+        FailedPrecondition: it is not staged.
+    """
+    if volume.is_block:
+        with opened(_device_path(volume, readonly=readonly), os.O_PATH) as fd:
+            yield fd
+        return
+    with _root(volume, Path(request.staging_target_path)) as root_fd:
+        parameters = volume.parameters
+        sub_path = expand_sub_path(parameters.sub_path, volume.record, request.context)
+        if not sub_path:
+            yield root_fd
+            return
+        with Directory(_ensure_directory(root_fd, sub_path, parameters)) as directory:
+            yield directory.fd
+
+
+def mount_flags(capability: Capability, *, superblock: bool) -> tuple[mount.Attributes, list[str]]:
+    """The capability's mount_flags as attributes of each mount and, if there is a `superblock` to take them, options.
+
+    Raises:
+        InvalidArgument: an option that cannot be given here.
+    """
+    try:
+        attributes, options = mount.parse_flags(capability.mount_flags)
+    except ValueError as error:
+        raise InvalidArgument(f"volume_capability.mount_flags: {error}") from error
+    if options and not superblock:
+        raise invalid(
+            "volume_capability.mount_flags",
+            ",".join(options),
+            "a directory takes only bind options (noexec, nosuid, nodev, noatime, …)",
+        )
+    return attributes, options
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> Iterator[int]:
+    """An fd of `path`, never through a symlink at its end."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _mount(
+    volume: Local, device: Device, staging: Path, options: list[str], attributes: mount.Attributes
+) -> None:
+    if mount.find_mounted(staging) is not None:
+        if not _is_mounted(device, staging):
+            raise FailedPrecondition(
+                f"staging_target_path {os.fspath(staging)!r}: something else is mounted there"
+            )
+        return
+    if not privileges.can_grow_mounted(device.fs_type):
+        unmounted.grow_ext4(device.path, volume.pool.size_bytes(volume.home))
+    mount.mount_device(device.path, staging, device.fs_type, [*device.mount_options, *options], attributes)
+
+
+def _fit(volume: Local, staging: Path) -> None:
+    """The root that pods see, and a filesystem as large as its device (a crash or a controller grew only that)."""
+    with opened(staging) as fd:
+        os.close(_ensure_directory(fd, PAYLOAD_DIRECTORY, volume.parameters))
+        if privileges.can_grow_mounted(volume.record.fs_type):
+            filesystem.grow(volume.record.fs_type, fd, volume.pool.size_bytes(volume.home))
+
+
+def _ensure_directory(dir_fd: int, path: str, parameters: Parameters) -> int:
+    """A directory in the volume, with the owner and mode that its parameters ask for."""
+    mode = 0o755 if parameters.mode is None else parameters.mode
+    uid, gid = parameters.uid or 0, parameters.gid or 0
+    # Made again after a crash if need be: the sync of what pods write there keeps it too.
+    return files.ensure_directory(dir_fd, path, mode=mode, uid=uid, gid=gid, durable=False)
+
+
+def _device_path(volume: Local, *, readonly: bool) -> Path:
+    staged = volume.pool.backend.find_attached(volume.home, volume.record)
+    if not isinstance(staged, Device):
+        raise _not_staged(volume)
+    if not readonly:
+        return staged.path
+    # A read-only bind of a device node does not stop writes to the device: it needs a read-only device.
+    device = volume.pool.backend.attach(volume.home, volume.record, readonly=True)
+    assert isinstance(device, Device), "a backend attaches a volume in one way"
+    return device.path
+
+
+@contextmanager
+def _root(volume: Local, staging: Path) -> Iterator[int]:
+    """An fd of the volume's root directory."""
+    attachment = volume.pool.backend.find_attached(volume.home, volume.record)
+    if attachment is None:
+        raise _not_staged(volume)
+    with attachment:
+        if isinstance(attachment, Directory):
+            yield attachment.fd
+            return
+        if not _is_mounted(attachment, staging):
+            raise _not_staged(volume)
+        with opened(staging) as staging_fd:
+            data_fd = files.open_beneath(staging_fd, PAYLOAD_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+            with Directory(data_fd):
+                yield data_fd
+
+
+def _is_mounted(device: Device, path: Path) -> bool:
+    """Whether the filesystem mounted at `path` is the one on `device`."""
+    mounted = mount.find_mounted(path)
+    if mounted is None:
+        return False
+    if mounted.device == device.number:
+        return True
+    # btrfs shows a device number of its own: there the mount's source tells.
+    if device.fs_type != "btrfs":
+        return False
+    wanted = os.fspath(device.path)
+    return any(entry.mount_id == mounted.mount_id and entry.source == wanted for entry in mount.mounts())
+
+
+def _not_staged(volume: Local) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"volume {volume.home.id!r}: is not staged on this node: NodeStageVolume comes first"
+    )
