@@ -68,6 +68,9 @@ def open_beneath(dir_fd: int, path: str, flags: int = os.O_RDONLY, mode: int = 0
     Raises OSError: ELOOP a symlink on the way or at the end, EXDEV an absolute path or one that leaves
     `dir_fd`, ENOENT, ENOTDIR and whatever open(2) says.
     """
+    if not flags & os.O_PATH:
+        # Implied by RESOLVE_NO_SYMLINKS; together with O_DIRECTORY it would call a symlink ENOTDIR.
+        flags &= ~os.O_NOFOLLOW
     return syscall.openat2(dir_fd, path, flags, mode, _SAFE)
 
 

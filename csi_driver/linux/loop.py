@@ -5,6 +5,7 @@ A device is known by the (device, inode) of its backing file, never by a path: f
 a path as some mount namespace once saw it. Nothing here is recorded; the kernel is asked each time.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -25,11 +26,14 @@ LOOP_SET_STATUS64: Final = 0x4C04
 LOOP_GET_STATUS64: Final = 0x4C05
 LOOP_SET_CAPACITY: Final = 0x4C07
 LOOP_CONFIGURE: Final = 0x4C0A
+LOOP_CTL_REMOVE: Final = 0x4C81
 LOOP_CTL_GET_FREE: Final = 0x4C82
 LO_FLAGS_READ_ONLY: Final = 1
 LO_FLAGS_AUTOCLEAR: Final = 4
 LO_FLAGS_DIRECT_IO: Final = 16
 BLKSSZGET: Final = 0x1268
+BLKROSET: Final = 0x125D
+BLKROGET: Final = 0x125E
 BLKGETSIZE64: Final = 0x80081272
 
 _CONTROL: Final = "/dev/loop-control"
@@ -99,12 +103,6 @@ def find(image_fd: int) -> list[Loop]:
 def get(number: int) -> Loop | None:
     """The loop device of this number, if it is attached. O(1)."""
     return _look(number)
-
-
-def disable_discard(loop: Loop) -> None:
-    """Make the device refuse discards, which would punch holes into its file and give the blocks away."""
-    with open(f"{_SYS_BLOCK}/loop{loop.number}/queue/discard_max_bytes", "w") as limit:
-        limit.write("0")
 
 
 def _is_backed_by(loop: Loop, image: os.stat_result) -> bool:
@@ -194,8 +192,11 @@ def attach(
     readonly: bool = False,
     direct_io: bool = True,
     sector_size: int = 512,
+    discard: bool = True,
 ) -> Loop:
     """Put the file behind a free loop device. The descriptor may be closed afterwards.
+
+    Without `discard` a writable device refuses discards, which would punch holes into the file and give the blocks away.
 
     `sector_size` (bytes: 512, 1024, 2048, 4096) is what users of the device see. Direct I/O is used where it can be (see
     `Loop.direct_io`): the file's filesystem must allow it, in units no larger than `sector_size`. The device
@@ -211,14 +212,14 @@ def attach(
         control_fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
         try:
             flags = (LO_FLAGS_READ_ONLY if readonly else 0) | (LO_FLAGS_DIRECT_IO if direct_io else 0)
-            return _attach_free(control_fd, backing_fd, flags, sector_size)
+            return _attach_free(control_fd, backing_fd, flags, sector_size, discard)
         finally:
             os.close(control_fd)
     finally:
         os.close(backing_fd)
 
 
-def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int) -> Loop:
+def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop:
     for attempt in range(_ATTEMPTS):
         number = ioctl(control_fd, LOOP_CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")
         try:
@@ -229,17 +230,47 @@ def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int)
         else:
             try:
                 _configure(fd, backing_fd, flags, sector_size)
+                _clear_readonly(fd, flags)
                 info = _status(fd)
-                if info is not None:
+                if info is not None and _settle_discard(number, flags, discard):
                     return _loop(fd, number, info)
+                _clear_new(fd)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
             finally:
                 os.close(fd)
+            # It refuses discards for good. Without it the next number asked for is a new device.
+            with contextlib.suppress(OSError):
+                ioctl(control_fd, LOOP_CTL_REMOVE, number, "LOOP_CTL_REMOVE")
         if attempt > 3:
             time.sleep(random.uniform(0, 0.002))
     raise OSError(errno.EBUSY, f"no free loop device in {_ATTEMPTS} attempts", _CONTROL)
+
+
+def _settle_discard(number: int, flags: int, discard: bool) -> bool:
+    """Make the device refuse or take discards; False if it takes none and never will again.
+
+    Kernels since 6.9 keep the refusal when the file goes, and let nobody lift it. So it is looked at first: to make a
+    device refuse waits until its queue is empty (some 15 ms), and each device costs that once.
+    """
+    if flags & LO_FLAGS_READ_ONLY:
+        return True
+    folder = f"{_SYS_BLOCK}/loop{number}/queue"
+    now, possible = (_read_number(f"{folder}/{name}") for name in ("discard_max_bytes", "discard_max_hw_bytes"))
+    if now and not discard:
+        with open(f"{folder}/discard_max_bytes", "w") as limit:
+            limit.write("0")
+    return not (discard and possible and not now)
+
+
+def _read_number(path: str) -> int:
+    with open(path) as file:
+        return int(file.read())
+
+
+def _clear_new(fd: int) -> None:
+    ioctl(fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
 
 
 def _configure(fd: int, backing_fd: int, flags: int, sector_size: int) -> None:
@@ -253,6 +284,14 @@ def _configure(fd: int, backing_fd: int, flags: int, sector_size: int) -> None:
         # Some kernels refuse impossible direct I/O where others leave it off.
         config.info.lo_flags = flags & ~LO_FLAGS_DIRECT_IO
         ioctl(fd, LOOP_CONFIGURE, config, "LOOP_CONFIGURE")
+
+
+def _clear_readonly(fd: int, flags: int) -> None:
+    """`blockdev --setro` outlives the file that the device had then, and would refuse writes to ours."""
+    readonly = c_uint32()
+    ioctl(fd, BLKROGET, readonly, "BLKROGET")
+    if readonly.value and not flags & LO_FLAGS_READ_ONLY:
+        ioctl(fd, BLKROSET, c_uint32(0), "BLKROSET")
 
 
 def detach(loop: Loop) -> None:

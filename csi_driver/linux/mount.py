@@ -329,9 +329,10 @@ def mount_detached(
     options: Sequence[str] = (),
     attributes: Attributes = NONE,
 ) -> int:
-    """Mount a filesystem where no one sees it; returns the descriptor of its root, and with its close it is unmounted.
+    """Mount a filesystem where no one sees it; returns an O_PATH descriptor of its root. Closing that unmounts it.
 
-    For openat(2) beneath it and as the place of a `source_fd` for `bind`. Raises OSError as `mount_device`.
+    For openat(2) beneath it, and as the place of a `source_fd` for `bind`: keep it open until then.
+    Raises OSError as `mount_device`.
     """
     name = os.fspath(device)
     fs_fd = syscall.fsopen(fs_type)
@@ -391,12 +392,11 @@ def unmount(target: Path, *, lazy: bool = False) -> None:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            if error.errno == errno.EINVAL:
-                if find_mounted(target) is None:
-                    return
-                raise
+            # EINVAL: nothing was mounted there; if something is now, a rename or another mount came in between.
+            if error.errno == errno.EINVAL and find_mounted(target) is None:
+                return
             pause = next(pauses, None)
-            if error.errno != errno.EBUSY or pause is None:
+            if error.errno not in (errno.EBUSY, errno.EINVAL) or pause is None:
                 raise
             time.sleep(pause)
             continue

@@ -58,11 +58,6 @@ def remove_tree(dir_fd: int, name: str) -> None:
         fd = syscall.openat2(dir_fd, name, os.O_PATH | os.O_NOFOLLOW, 0, _WITHIN & ~syscall.RESOLVE_NO_XDEV)
     except FileNotFoundError:
         return
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        _unlink(dir_fd, name)  # RESOLVE_NO_SYMLINKS refuses even to name a symlink; nothing mounts on one.
-        return
     try:
         _refuse_mounts(fd, name)
         is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
