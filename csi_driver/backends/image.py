@@ -164,10 +164,14 @@ class ImageBackend:
                 # What programs expect of a raw device, unless direct I/O on this pool needs larger ones.
                 sector_size = max(512, files.direct_io_alignment(fd) or 512)
             direct_io = self._options.direct_io
-            attached = loop.attach(fd, readonly=readonly, direct_io=direct_io, sector_size=sector_size)
-            if not readonly:
+            attached = loop.attach(
+                fd,
+                readonly=readonly,
+                direct_io=direct_io,
+                sector_size=sector_size,
                 # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
-                loop.set_discard(attached, allowed=_is_thin(os.fstat(fd)))
+                discard=_is_thin(os.fstat(fd)),
+            )
         finally:
             os.close(fd)
         self._loops[home.id, readonly] = attached.number

@@ -220,6 +220,7 @@ def attach(
 
 
 def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop:
+    useless: list[int] = []
     for attempt in range(_ATTEMPTS):
         number = ioctl(control_fd, LOOP_CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")
         try:
@@ -232,17 +233,22 @@ def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int,
                 _configure(fd, backing_fd, flags, sector_size)
                 _clear_readonly(fd, flags)
                 info = _status(fd)
-                if info is not None and _settle_discard(number, flags, discard):
-                    return _loop(fd, number, info)
-                _clear_new(fd)
+                if info is not None:
+                    with contextlib.ExitStack() as undo:
+                        undo.callback(ioctl, fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
+                        if _settle_discard(number, flags, discard):
+                            undo.pop_all()
+                            return _loop(fd, number, info)
+                    useless.append(number)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
             finally:
                 os.close(fd)
-            # It refuses discards for good. Without it the next number asked for is a new device.
+        while useless:
+            # EBUSY: somebody else has taken it, whom it may serve.
             with contextlib.suppress(OSError):
-                ioctl(control_fd, LOOP_CTL_REMOVE, number, "LOOP_CTL_REMOVE")
+                ioctl(control_fd, LOOP_CTL_REMOVE, useless.pop(), "LOOP_CTL_REMOVE")
         if attempt > 3:
             time.sleep(random.uniform(0, 0.002))
     raise OSError(errno.EBUSY, f"no free loop device in {_ATTEMPTS} attempts", _CONTROL)
@@ -257,7 +263,9 @@ def _settle_discard(number: int, flags: int, discard: bool) -> bool:
     if flags & LO_FLAGS_READ_ONLY:
         return True
     folder = f"{_SYS_BLOCK}/loop{number}/queue"
-    now, possible = (_read_number(f"{folder}/{name}") for name in ("discard_max_bytes", "discard_max_hw_bytes"))
+    now, possible = (
+        _read_number(f"{folder}/{name}") for name in ("discard_max_bytes", "discard_max_hw_bytes")
+    )
     if now and not discard:
         with open(f"{folder}/discard_max_bytes", "w") as limit:
             limit.write("0")
@@ -267,10 +275,6 @@ def _settle_discard(number: int, flags: int, discard: bool) -> bool:
 def _read_number(path: str) -> int:
     with open(path) as file:
         return int(file.read())
-
-
-def _clear_new(fd: int) -> None:
-    ioctl(fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
 
 
 def _configure(fd: int, backing_fd: int, flags: int, sector_size: int) -> None:
