@@ -30,6 +30,9 @@ from csi_driver.space import Space
 
 log = logging.getLogger(__name__)
 
+# Counting is linear in the volumes; calls that are refused one after the other share one count.
+_COUNT_AGAIN_S = 1.0
+
 
 class Pool:
     """One `[pools.NAME]`, open."""
@@ -40,6 +43,7 @@ class Pool:
         self.catalog = catalog
         self.backend = backend
         self.space = Space(backend.store, config.reserved)
+        self._counted_at = 0.0
         self.on_trash: Callable[[], None] = lambda: None
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
@@ -134,6 +138,7 @@ class Pool:
         needed = promised or spec.size_bytes
         with self._no_room(record.id):
             self._discard_leftover(record.id)
+            self._count_if_short(needed)
             try:
                 with self.space.reserve(record.id, promised, needed):
                     home = self._build(spec, record)
@@ -156,6 +161,7 @@ class Pool:
         wanted = max(size_bytes, before)
         promised = self.backend.promised_bytes(wanted, parameters)
         needed = promised - self.backend.promised_bytes(before, parameters)
+        self._count_if_short(needed)
         with self._no_room(home.id), self.space.reserve(home.id, promised, needed):
             # Also when it is that large already: a crash may have left what lies above the payload behind.
             actual = self.backend.grow(home, wanted)
@@ -204,6 +210,7 @@ class Pool:
 
     def refresh(self) -> None:
         """Count again what volumes have taken of the filesystem."""
+        self._counted_at = time.monotonic()
         written = {}
         for volume_id in self.catalog.ids():
             try:
@@ -248,6 +255,11 @@ class Pool:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             raise ResourceExhausted(f"volume {volume_id!r}: pool {self.name!r}: {error}") from error
+
+    def _count_if_short(self, needed: int) -> None:
+        """What is refused must be refused for what is there now: volumes may have written since they were counted."""
+        if needed > self.space.available() and time.monotonic() - self._counted_at > _COUNT_AGAIN_S:
+            self.refresh()
 
     def _check_name(self, volume_id: str) -> None:
         parsed = VolumeId.find(volume_id)

@@ -3,8 +3,10 @@
 
 `base` is what all volumes together can have: the store's free bytes plus what volumes have taken of it already.
 Volumes that write or delete data leave it as it is; only other users of the filesystem change it. So it is sampled
-in quiet moments (nothing being made) and promises are counted against it exactly in between, however many calls
-run at once. Numbers only: what a promise is, and what a volume has taken, the backend says.
+when volumes are counted, and promises are counted against it exactly in between, however many calls run at once. In
+quiet moments (nothing being made) it is lowered at once when less is free than it says; who that was, others or
+volumes that wrote, only the next count tells. (So it errs by what others have written since the last count, if volumes
+have deleted as much meanwhile.) Numbers only: what a promise is, and what a volume has taken, the backend says.
 """
 
 import threading
@@ -135,10 +137,8 @@ class Space:
         return max(0, min(self._base - self._promised, store.free_bytes) - reserved)
 
     def _sample_if_quiet(self) -> None:
-        # Where volumes still have to take what they were promised, what they have taken is known as of the last
-        # `refresh` only: there, base and free bytes are read at one time.
-        if not self._in_flight and self._written == self._promised:
-            self._sample()
+        if not self._in_flight:
+            self._base = min(self._base, self._store().free_bytes + self._written)
 
     def _sample(self) -> None:
         self._base = self._store().free_bytes + self._written

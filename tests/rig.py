@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A driver without its wire: pools, Controller and Node in this process, over any backend.
+
+For tests that hold every backend to the same promises. The scene (loop-mounted filesystems) is set by the tools of
+util-linux, not by the code under test. What is promised is the tests' business.
+"""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver import backends, config
+from csi_driver.backends.base import Backend
+from csi_driver.catalog import Catalog
+from csi_driver.config import PoolConfig
+from csi_driver.controller import Controller
+from csi_driver.health import Health
+from csi_driver.locks import Locks
+from csi_driver.model import (
+    GIB,
+    MIB,
+    AccessMode,
+    AccessType,
+    Capability,
+    CapacityRange,
+    NodeInfo,
+    PublishRequest,
+    StageRequest,
+    VolumeRequest,
+)
+from csi_driver.node import EPHEMERAL, SIZE, Node
+from csi_driver.pool import Pool
+from csi_driver.pools import Pools
+
+NODE_SEGMENTS = {"topology.local.orlop.dev/node": "node-1"}
+FILESYSTEM_BYTES = GIB
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A backend, configured in one way, and what it needs beneath it."""
+
+    name: str
+    backend: str
+    filesystem: str = ""
+    """What its pool is put on, mounted for the test; "" for any directory, without root."""
+    options: str = ""
+    tools: tuple[str, ...] = field(default=())
+    """Programs it runs."""
+    size_bytes: int = 16 * MIB
+    """A small volume that is quickly made."""
+    written_at_once: bool = False
+    """All of a volume's room is taken when it is made."""
+
+    @property
+    def needs_root(self) -> bool:
+        return self.filesystem != ""
+
+
+KINDS = (
+    Kind("memory", "memory", options='total = "1Gi"\n', written_at_once=True),
+    Kind("directory", "directory", "ext4", "enforce_capacity = false\n"),
+    Kind("btrfs", "btrfs", "btrfs", "enable_quota = true\n"),
+    Kind("image", "image", "ext4", tools=("mkfs.ext4",), written_at_once=True),
+)
+# Simple quotas where the kernel has them; this is what older ones get.
+FULL_QGROUPS = Kind("btrfs-full", "btrfs", "btrfs", "full_qgroups = true\n")
+THIN = Kind("image-thin", "image", "ext4", 'provisioning = "thin"\novercommit = 2.0\n', tools=("mkfs.ext4",))
+
+
+class Rig:
+    """A driver over one pool, named `p`. Use `with`, or `close` it before another one opens the same pool."""
+
+    def __init__(self, pools: Pools, *, expands: bool = True) -> None:
+        self.pools = pools
+        self.locks = Locks()
+        self.health = Health(pools)
+        self.controller = Controller(pools, self.locks, self.health, NODE_SEGMENTS, expands=expands)
+        self.node = Node(pools, self.locks, self.health, NodeInfo("node-1", 0, NODE_SEGMENTS))
+
+    @property
+    def pool(self) -> Pool:
+        """The first pool."""
+        return next(iter(self.pools))
+
+    @property
+    def backend(self) -> Backend:
+        return self.pool.backend
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.close()
+
+    def __enter__(self) -> "Rig":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def settle(self) -> None:
+        """What maintenance does in the background: remove the deleted, count anew."""
+        for pool in self.pools:
+            pool.empty_trash()
+            pool.refresh()
+
+
+def configure(kind: Kind, root: Path, *, name: str = "p", extra: str = 'reserved = "0%"\n') -> PoolConfig:
+    text = f'[pools.{name}]\nbackend = "{kind.backend}"\nroot = "{root}"\n{kind.options}{extra}'
+    return config.parse(text).pools[name]
+
+
+def open_pool(pool_config: PoolConfig) -> Pool:
+    backend = backends.create(pool_config)
+    backend.check()
+    catalog = Catalog.open(pool_config.root, pool_config.backend)
+    try:
+        pool = Pool(pool_config, catalog, backend)
+        pool.adopt()
+    except BaseException:
+        catalog.close()
+        raise
+    return pool
+
+
+def open_rig(*pool_configs: PoolConfig, default_pool: str = "") -> Rig:
+    opened: dict[str, Pool] = {}
+    try:
+        for pool_config in pool_configs:
+            opened[pool_config.name] = open_pool(pool_config)
+    except BaseException:
+        for pool in opened.values():
+            pool.close()
+        raise
+    return Rig(Pools(opened, default_pool))
+
+
+@contextmanager
+def mounted(filesystem: str, place: Path, size_bytes: int = FILESYSTEM_BYTES) -> Iterator[Path]:
+    """A fresh filesystem on a sparse file in `place`, mounted while the body runs."""
+    image, target = place / "filesystem.img", place / "filesystem"
+    with open(image, "wb") as file:
+        file.truncate(size_bytes)
+    force = "-F" if filesystem == "ext4" else "-f"
+    subprocess.run([f"mkfs.{filesystem}", "-q", force, image], check=True, capture_output=True)
+    target.mkdir()
+    # Private: other mount namespaces that are made meanwhile must not keep it.
+    subprocess.run(["mount", "-o", "loop", "--make-private", image, target], check=True)
+    try:
+        yield target
+    finally:
+        unmount(target)
+        image.unlink()
+
+
+def unmount(target: Path) -> None:
+    """Unmount, with patience: the kernel's own work on a filesystem keeps it for a moment."""
+    for _ in range(50):
+        done = subprocess.run(["umount", target], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"umount {target}: {done.stderr.strip()}")
+
+
+# Requests
+
+
+def capability(
+    mode: AccessMode = AccessMode.SINGLE_NODE_WRITER,
+    access_type: AccessType = AccessType.MOUNT,
+    fs_type: str = "",
+) -> Capability:
+    return Capability(access_type, mode, fs_type)
+
+
+def volume(
+    name: str,
+    size_bytes: int = 0,
+    limit_bytes: int = 0,
+    *,
+    capabilities: tuple[Capability, ...] = (),
+    **parameters: str,
+) -> VolumeRequest:
+    """A CreateVolume of `size_bytes`, a plain mount if nothing else is said."""
+    wanted = CapacityRange(size_bytes, limit_bytes)
+    return VolumeRequest(name, capabilities or (capability(),), wanted, parameters)
+
+
+def staged(volume_id: str, path: Path, wanted: Capability | None = None) -> StageRequest:
+    return StageRequest(volume_id, str(path), wanted or capability())
+
+
+def published(
+    volume_id: str,
+    target: Path,
+    staging: Path | None,
+    wanted: Capability | None = None,
+    *,
+    readonly: bool = False,
+) -> PublishRequest:
+    return PublishRequest(
+        volume_id, str(target), wanted or capability(), str(staging or ""), readonly=readonly
+    )
+
+
+def inline(volume_id: str, target: Path, size_bytes: int) -> PublishRequest:
+    context = {EPHEMERAL: "true", SIZE: str(size_bytes)}
+    return PublishRequest(volume_id, str(target), capability(), context=context)

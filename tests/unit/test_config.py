@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file: what is accepted, and what each refusal says."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver import backends, config
+from csi_driver.config import Reserved, parse, parse_duration, parse_reserved, parse_size, read_options
+from csi_driver.errors import ConfigurationError
+from csi_driver.model import GIB, KIB, MIB
+
+POOL = '[pools.fast]\nroot = "/data/fast"\n'
+
+
+def test_smallest_file() -> None:
+    found = parse(POOL)
+
+    pool = found.pools["fast"]
+    assert (pool.name, pool.backend, pool.root) == ("fast", "image", Path("/data/fast"))
+    assert pool.reserved == Reserved(share=0.05)
+    assert pool.retention_s == 0
+    assert found.driver_name == "local.orlop.dev"
+
+
+def test_everything_said() -> None:
+    found = parse(
+        """
+        driver_name = "disks.example.org"
+        node_id = "n1"
+        region = "r1"
+        zone = "z1"
+        default_pool = "fast"
+        expansion = "controller"
+        max_volumes_per_node = 12
+        retired_tags = ["0123abcd"]
+        workers = 4
+        drain_timeout = "1m"
+        [pools.fast]
+        backend = "directory"
+        root = "/data/fast"
+        reserved = "10Gi"
+        retention = "1d"
+        classes = ["cloud_ssd"]
+        static_roots = ["/srv/shared"]
+        mounted = true
+        enforce_capacity = false
+        [pools.slow]
+        root = "/data/slow"
+        """
+    )
+
+    assert list(found.pools) == ["fast", "slow"]
+    assert found.retired_tags == {"0123abcd"}
+    assert found.drain_timeout_s == 60
+    fast = found.pools["fast"]
+    assert fast.reserved == Reserved(bytes=10 * GIB)
+    assert fast.retention_s == 86400
+    assert fast.classes == ("cloud_ssd",)
+    assert fast.static_roots == (Path("/srv/shared"),)
+    assert fast.mounted
+    assert fast.options == {"enforce_capacity": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"no pool is configured.*\[pools.NAME\]"),
+        ("pools = 1", "object"),
+        ("[pools.fast\n", "not valid TOML"),
+        ("color = 1\n" + POOL, r"unknown key 'color'.*driver_name.*workers"),
+        (POOL + "[pools.Fast]\nroot = '/x'\n", r"\[pools.Fast\].*lower case"),
+        (f"[pools.{'a' * 17}]\nroot = '/x'\n", "letter and up to 15"),
+        ("[pools.fast]\n", r"root ''.*absolute path"),
+        ("[pools.fast]\nroot = 'data'\n", r"root 'data'.*absolute path"),
+        ("[pools.fast]\nroot = 5\n", r"\[pools.fast\].*root"),
+        (POOL + "reserved = '100%'\n", r"reserved: '100%'"),
+        (POOL + "reserved = 'much'\n", r"reserved: 'much' is not a size"),
+        (POOL + "retention = 'a week'\n", r"retention: 'a week' is not a duration"),
+        (POOL + "static_roots = ['srv']\n", r"static_roots 'srv'.*absolute"),
+        (POOL + "static_roots = ['/']\n", "static_roots '/'"),
+        (POOL + "static_roots = ['/a/../b']\n", "static_roots"),
+        ("default_pool = 'slow'\n" + POOL, r"default_pool 'slow'.*configured: fast"),
+        ("retired_tags = ['x']\n" + POOL, r"retired_tags 'x'.*8 hex digits"),
+        ("workers = 0\n" + POOL, "workers 0"),
+        ("max_volumes_per_node = -1\n" + POOL, "max_volumes_per_node -1"),
+        ("driver_name = '-x'\n" + POOL, "driver_name '-x'"),
+        ("driver_name = '" + "a" * 64 + "'\n" + POOL, "at most 63"),
+        ("expansion = 'never'\n" + POOL, "expansion"),
+        (POOL + "[pools.b]\nroot = '/data/fast'\n", "is the root of"),
+        (POOL + "[pools.b]\nroot = '/data/fast/b'\n", r"lies in it"),
+    ],
+)
+def test_refused_with_the_key_and_a_remedy(text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        parse(text, "orlop.toml")
+
+    assert "orlop.toml" in str(refused.value)
+
+
+def test_file_that_is_not_there_says_how_to_name_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--config"):
+        config.load(tmp_path / "none.toml")
+
+
+def test_file_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "orlop.toml"
+    path.write_text(POOL)
+
+    assert list(config.load(path).pools) == ["fast"]
+
+
+class _Options(msgspec.Struct, forbid_unknown_fields=True):
+    depth: int = 3
+
+
+def test_options_of_a_backend() -> None:
+    pool = parse(POOL + "depth = 5\n").pools["fast"]
+
+    assert read_options(pool, _Options).depth == 5
+
+
+def test_unknown_option_names_the_common_keys_too() -> None:
+    pool = parse(POOL + "deep = 5\n", "orlop.toml").pools["fast"]
+
+    with pytest.raises(
+        ConfigurationError, match=r"orlop.toml: \[pools.fast\]: unknown key 'deep'.*depth.*reserved"
+    ):
+        read_options(pool, _Options)
+
+
+def test_option_of_a_wrong_type_is_named() -> None:
+    pool = parse(POOL + "depth = 'deep'\n").pools["fast"]
+
+    with pytest.raises(ConfigurationError, match="depth"):
+        read_options(pool, _Options)
+
+
+def test_unknown_backend_names_the_known() -> None:
+    pool = parse(POOL + "backend = 'tape'\n").pools["fast"]
+
+    with pytest.raises(ConfigurationError, match=r"'tape'.*btrfs, directory, image, memory"):
+        backends.create(pool)
+
+
+@pytest.mark.parametrize("name", sorted(backends.BACKENDS))
+def test_every_backend_refuses_options_of_others(name: str) -> None:
+    pool = parse(POOL + f"backend = '{name}'\nspindles = 5\n").pools["fast"]
+
+    with pytest.raises(ConfigurationError, match="unknown key 'spindles'"):
+        backends.create(pool)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("4096", 4096),
+        ("1Ki", KIB),
+        ("1.5Gi", 3 * GIB // 2),
+        ("500MB", 500_000_000),
+        ("2M", 2_000_000),
+        (" 3 MiB ", 3 * MIB),
+    ],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", -1, True, "1 2", "Gi", "1Xi", "0x10", "1e9"])
+def test_what_is_no_size(text: str | int) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(90, 90), ("90", 90), ("90s", 90), ("15m", 900), ("1.5h", 5400), ("7d", 604800), ("250ms", 0.25)],
+)
+def test_durations(text: str | int, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@given(st.integers(0, 2**63))
+def test_size_of_bytes_is_exact(size: int) -> None:
+    assert parse_size(str(size)) == size
+    assert parse_size(f"{size}Ki") == size * 1024
+
+
+@given(st.text(max_size=12))
+def test_readers_answer_or_say_value_error(text: str) -> None:
+    for reader in (parse_size, parse_duration, parse_reserved):
+        try:
+            reader(text)
+        except ValueError as error:
+            assert text.strip()[:3] in str(error) or "not a" in str(error)
+
+
+@given(st.integers(0, 99), st.integers(0, 2**60))
+def test_share_of_a_filesystem(percent: int, total: int) -> None:
+    reserved = parse_reserved(f"{percent}%").of(total)
+
+    assert 0 <= reserved <= total
+    assert abs(reserved - total * percent / 100) <= max(2, total / 1e9)
