@@ -40,6 +40,10 @@ FIRST_ID, LAST_ID = 0x4000_0000, 0x7FFF_FFFF
 """Project ids that volumes get: above those that people give by hand, and kubelet (from 1048577 on)."""
 
 
+BYTES_PER_INODE = 16 * KIB
+"""A volume may have a file for each of these, as many as mkfs.ext4 gives a filesystem of its size."""
+
+
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
     enforce_capacity: bool = True
 
@@ -84,7 +88,7 @@ class DirectoryBackend:
         with Directory(home.open_directory()) as opened:
             if self._enforces:
                 # Before anything is made in it: only what comes later belongs to the project.
-                quota.set_limit(home.area_fd, self._take_id(home, opened.fd), spec.size_bytes)
+                self._set_limit(home, self._take_id(home, opened.fd), spec.size_bytes)
             os.mkdir(PAYLOAD_DIRECTORY, 0o700, dir_fd=opened.fd)
             with directories.attach(home) as data:
                 directories.set_owner(data.fd, spec.parameters)
@@ -106,9 +110,12 @@ class DirectoryBackend:
         if not self._enforces:
             return 0
         with Directory(home.open_directory()) as opened:
-            project_id = quota.project(opened.fd) or self._take_id(home, opened.fd)
+            project_id = quota.project(opened.fd)
+        if not project_id:
+            # Made while sizes were not enforced: what is in it belongs to no project, so a limit would hold nothing.
+            return 0
         if quota.get(home.area_fd, project_id).limit_bytes < size_bytes:
-            quota.set_limit(home.area_fd, project_id, size_bytes)
+            self._set_limit(home, project_id, size_bytes)
         return quota.get(home.area_fd, project_id).limit_bytes
 
     def store(self) -> Store:
@@ -154,9 +161,9 @@ class DirectoryBackend:
             total_bytes=used.limit_bytes,
             used_bytes=used.used_bytes,
             available_bytes=max(0, min(used.limit_bytes - used.used_bytes, below.available_bytes)),
-            total_inodes=used.used_inodes + below.available_inodes,
+            total_inodes=used.limit_inodes,
             used_inodes=used.used_inodes,
-            available_inodes=below.available_inodes,
+            available_inodes=max(0, min(used.limit_inodes - used.used_inodes, below.available_inodes)),
         )
 
     def _quota(self, home: Home) -> quota.ProjectUsage:
@@ -167,6 +174,11 @@ class DirectoryBackend:
         if not project_id:
             return quota.ProjectUsage(0, 0, 0, 0)
         return quota.get(home.area_fd, project_id)
+
+    def _set_limit(self, home: Home, project_id: int, size_bytes: int) -> None:
+        # Files take room that is not counted as theirs (XFS) or of which there is an end (ext4): without a limit on
+        # their number a volume of empty files could fill the pool.
+        quota.set_limit(home.area_fd, project_id, size_bytes, inodes=size_bytes // BYTES_PER_INODE)
 
     def _take_id(self, home: Home, home_fd: int) -> int:
         """A project id of its own for the home: from here on the filesystem counts the home itself by it."""
