@@ -15,14 +15,34 @@ RUN, LOOK, SETTINGS = "Run", "Try and look", "Settings"
 app = typer.Typer(
     name="orlop",
     help="Orlop: storage for Kubernetes pods from what a cluster already has.",
-    epilog="Start with: [bold]orlop demo[/] (as root), [bold]orlop doctor[/], [bold]orlop COMMAND --help[/]",
+    epilog="Start with [bold]orlop demo[/] (as root). Every command explains itself: [bold]orlop COMMAND --help[/]",
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+config_app = typer.Typer(
+    help="Look at a configuration before a driver does.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOCKET",
+        help="The driver's socket, like unix:///run/orlop/csi.sock (CSI_ENDPOINT, else where kubelet has it).",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The driver's configuration (ORLOP_CONFIG, else /etc/orlop/config.toml).",
+        show_default=False,
+    ),
+]
+KubeletDir = Annotated[Path, typer.Option(metavar="DIR", help="Where kubelet keeps its files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -39,25 +59,27 @@ def serve(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, epilog="Example: [bold]orlop demo --pool-backend btrfs[/]")
 def demo(
     pool_backend: Annotated[
         PoolBackend, typer.Option(help="What the volumes are made of.")
     ] = PoolBackend.IMAGE,
     fs_type: Annotated[
         FsType | None,
-        typer.Option(help="The volume's filesystem (image only; ext4 if not given).", show_default=False),
+        typer.Option(help="The volume's filesystem (image only; now ext4).", show_default=False),
     ] = None,
-    directory: Annotated[Path, typer.Option(help="Where the scratch pool is made.")] = Path("/var/tmp"),
+    directory: Annotated[Path, typer.Option(metavar="DIR", help="Where the scratch pool is made.")] = Path(
+        "/var/tmp"
+    ),
     keep: Annotated[
         bool, typer.Option("--keep", help="Wait for Enter before the volume is taken down.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Walk a real volume through its whole life on this machine (as root).
+    """Walk a real volume through its whole life (as root).
 
-    A driver is started on a scratch pool. Every call, its time and what the kernel shows are printed; a crash of the
-    driver is part of it. Nothing is left behind.
+    A driver is started on a scratch pool. Every call, its time and what the kernel shows are printed; a crash of
+    the driver is part of it. Nothing is left behind.
 
     Exit code: 0 every check held, 1 one did not, 2 not possible here.
     """
@@ -71,6 +93,67 @@ def demo(
         terminal.complain(str(error))
         raise typer.Exit(IMPOSSIBLE) from error
     raise typer.Exit(run(plan, directory.resolve(), keep=keep, as_json=as_json))
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: [bold]orlop doctor --pool-root /data[/]")
+def doctor(
+    config: ConfigFile = None,
+    pool_root: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Look at a directory as a pool's root; may be repeated."),
+    ] = None,
+    endpoint: Endpoint = None,
+    kubelet_dir: KubeletDir = Path("/var/lib/kubelet"),
+    as_json: AsJson = False,
+) -> None:
+    """Tell what this machine lacks, why it matters, what to do.
+
+    Kernel, tools, kubelet's directory, the pools and what is in them, the driver's socket and its registration. It only
+    looks: no pool is changed or locked.
+
+    Exit code: 0 all is well, 1 there are warnings, 2 something does not work.
+    """
+    from csi_driver.cli.doctor import doctor as run
+
+    code = run(config, pool_root or [], endpoint, kubelet_dir, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: [bold]orlop volumes --json | jq .volumes[].id[/]")
+def volumes(endpoint: Endpoint = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """List the volumes: whose they are, how full, where mounted.
+
+    The driver is asked; claims and names come from the records in its pools, which are read as they lie there.
+    """
+    from csi_driver.cli.volumes import volumes as run
+
+    raise typer.Exit(run(endpoint, config, as_json=as_json))
+
+
+@config_app.command(epilog="Example: [bold]orlop config check orlop.toml[/]")
+def check(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="The file (ORLOP_CONFIG, else /etc/orlop/config.toml).", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a configuration as serve would; tell what it means, or what is wrong.
+
+    Exit code: 0 good, 2 wrong.
+    """
+    from csi_driver.cli.settings import check as run
+    from csi_driver.cli.settings import config_path
+
+    raise typer.Exit(run(config_path(file), as_json=as_json))
+
+
+@config_app.callback()
+def _config() -> None:
+    """Look at a configuration before a driver does."""
+
+
+app.add_typer(config_app, name="config", rich_help_panel=SETTINGS)
 
 
 @app.command(rich_help_panel=SETTINGS)

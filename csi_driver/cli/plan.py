@@ -62,5 +62,5 @@ def plan_for(backend: PoolBackend, fs_type: FsType | None) -> Plan:
     if fs_type is not None:
         raise ValueError(f"volumes of a {backend} pool are a part of its filesystem: leave --fs-type out")
     if backend is PoolBackend.BTRFS:
-        return Plan(backend, "btrfs", "", SMALLEST_BYTES, enforces=True)
+        return Plan(backend, "btrfs", "", SMALLEST_BYTES, enforces=True, options="enable_quota = true\n")
     return Plan(backend, "ext4", "", SMALLEST_BYTES, enforces=False, options="enforce_capacity = false\n")

@@ -7,11 +7,19 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+
+_WIDE = 1000
 
 
 def console() -> Console:
     """For results. Lines are wrapped by the terminal, so that paths can be copied whole."""
     return Console(highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Within the terminal's width; into a file or a pipe, as wide as it needs to be."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def complain(message: str) -> None:

@@ -19,3 +19,11 @@ def milliseconds(seconds: float) -> str:
     value = seconds * 1000
     decimals = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f} ms"
+
+
+def duration(seconds: float) -> str:
+    """`90 s`, `15 min`, `24 h`, `7 d`: the largest unit that says it exactly."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length and seconds % length == 0:
+            return f"{seconds / length:g} {unit}"
+    return f"{seconds:g} s"
