@@ -9,3 +9,11 @@ cluster:  ## start a Kubernetes of CLUSTER_NODES=2 nodes on this machine (first 
 .PHONY: cluster-down
 cluster-down:  ## remove the cluster: every process, mount, device, interface and file of it
 	@tests/cluster/cluster down
+
+.PHONY: cluster-deploy
+cluster-deploy: cluster  ## build the driver's image and install it in the cluster by its chart
+	@tests/cluster/cluster deploy
+
+.PHONY: test-cluster
+test-cluster: venv cluster-deploy  ## every way a user meets a volume, in a real cluster; logs are shown on failure
+	@.venv/bin/pytest -m cluster $(ARGS) || { tests/cluster/cluster logs; exit 1; }

@@ -78,13 +78,16 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
         ("kustomize/base", ()),
         ("kustomize/overlays/k0s", (f"kubeletDir={K0S}",)),
         ("kustomize/overlays/microk8s", (f"kubeletDir={MICROK8S}",)),
-        ("minikube", ("pools.default.root=/data/orlop/default", "storageClasses[0].default=true")),
+        (
+            "minikube",
+            (
+                *("pools.default.backend=image", "pools.default.root=/data/orlop/default"),
+                *("storageClasses[0].name=orlop", "storageClasses[0].default=true"),
+            ),
+        ),
     ],
 )
 def test_kustomize_says_what_the_chart_says(directory: str, values: tuple[str, ...]) -> None:
-    if any(value.startswith("storageClasses") for value in values):
-        values = (*values, "storageClasses[0].name=orlop")  # --set makes the list anew
-
     ours, theirs = normal(kustomize(directory)), normal(chart(*values))
 
     assert ours.keys() == theirs.keys()

@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.cluster.harness import cluster, driver_image, layout, node, processes
+from tests.cluster.harness import cluster, deploy, layout, node, processes
 from tests.cluster.harness.layout import Node
 
 
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     verbs.add_parser("down", help="remove every process, mount, device, interface and file of it")
     verbs.add_parser("status", help="say how it is and how to use it")
     verbs.add_parser("logs", help="the end of every component's log")
-    verbs.add_parser("driver-image", help="build the driver's image and load it").add_argument("name")
+    verbs.add_parser("deploy", help="build the driver's image, load it and install the chart")
     verbs.add_parser("load", help="load image archives").add_argument("archive", type=Path, nargs="+")
     verbs.add_parser("power-cut", help="cut a node's power and start it again").add_argument("node", type=int)
     execute = verbs.add_parser("node-exec", help="run a command in a node's namespaces")
@@ -44,8 +44,8 @@ def main() -> None:
             print(cluster.usage() if up else "the cluster is not up")
         case "logs":
             print(cluster.tails(lines=40))
-        case "driver-image":
-            cluster.load([driver_image.build(arguments.name)])
+        case "deploy":
+            deploy.deploy()
         case "load":
             cluster.load(arguments.archive)
         case "power-cut":

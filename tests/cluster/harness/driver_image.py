@@ -73,7 +73,13 @@ def _write_pip_configuration() -> Path:
 
 def _buildah(*arguments: str, log: str | None = None, check: bool = True) -> str:
     where = ["--root", os.fspath(STORAGE / "root"), "--runroot", os.fspath(STORAGE / "run")]
-    return _run(["buildah", *where, "--storage-driver", "vfs", *arguments], log=log, check=check)
+    return _run(["buildah", *where, "--storage-driver", _storage_driver(), *arguments], log=log, check=check)
+
+
+def _storage_driver() -> str:
+    """Overlays cannot be stacked: where the cache lies on one (in a container), layers are copied, which is slow."""
+    kind = subprocess.run(["stat", "--file-system", "--format=%T", STORAGE], capture_output=True, check=True)
+    return "vfs" if kind.stdout.strip() == b"overlayfs" else "overlay"
 
 
 def _run(command: list[str], log: str | None = None, check: bool = True) -> str:

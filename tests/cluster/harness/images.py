@@ -24,7 +24,7 @@ SIDECARS = {  # program -> the module that carries its version
     "csi-snapshotter": "external-snapshotter/v8",
     "snapshot-controller": "external-snapshotter/v8",
 }
-BUSYBOX_IMAGE = "localhost/busybox:1"
+BUSYBOX_IMAGE = "docker.io/library/busybox:1.37"  # as the examples name it
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ app.kubernetes.io/component: {{ .component }}
 {{ .Values.kubeletDir }}/plugins/{{ .Values.driverName }}
 {{- end }}
 
+{{/* Defaults of a map are merged with what a user gives, so the pool that nobody asked for is not one of them. */}}
+{{- define "orlop.pools" -}}
+{{ .Values.pools | default (dict "default" (dict "backend" "image" "root" "/var/lib/orlop/default")) | toJson }}
+{{- end }}
+
 {{/* The driver's configuration file. Scalars and lists are written as JSON, which TOML reads as well. */}}
 {{- define "orlop.config" -}}
 driver_name = {{ toJson .Values.driverName }}
@@ -26,7 +31,7 @@ zone = {{ toJson .Values.zone }}
 {{- range $key, $value := .Values.config }}
 {{ $key }} = {{ toJson $value }}
 {{- end }}
-{{- range $name, $pool := .Values.pools }}
+{{- range $name, $pool := include "orlop.pools" . | fromJson }}
 
 [pools.{{ $name }}]
 {{- range $key, $value := $pool }}
@@ -56,7 +61,7 @@ readOnlyRootFilesystem: true
 - {name: kubelet, mountPath: {{ .Values.kubeletDir }}, mountPropagation: Bidirectional}
 - {name: dev, mountPath: /dev}
 - {name: tmp, mountPath: /tmp}
-{{- range $name, $pool := .Values.pools }}
+{{- range $name, $pool := include "orlop.pools" . | fromJson }}
 - {name: pool-{{ $name }}, mountPath: {{ $pool.root }}, mountPropagation: HostToContainer}
 {{- end }}
 {{- range $index, $root := .Values.staticRoots }}
@@ -75,7 +80,7 @@ readOnlyRootFilesystem: true
   hostPath: {path: /dev, type: Directory}
 - name: tmp
   emptyDir: {}
-{{- range $name, $pool := .Values.pools }}
+{{- range $name, $pool := include "orlop.pools" . | fromJson }}
 - name: pool-{{ $name }}
   hostPath: {path: {{ $pool.root }}, type: DirectoryOrCreate}
 {{- end }}

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the driver into the cluster as a user would: its image, a namespace, and the chart."""
+
+from pathlib import Path
+
+from tests.cluster.harness import cluster, driver_image
+from tests.cluster.harness.processes import run
+
+VALUES = Path(__file__).resolve().parent.parent / "values.yaml"
+CHART = driver_image.REPOSITORY / "deploy/helm/orlop"
+IMAGE = "localhost/orlop:test"
+NAMESPACE = "orlop"
+
+
+def deploy() -> None:
+    """Install the driver, or replace the one that is there by what the working tree has now."""
+    cluster.load([driver_image.build(IMAGE)])
+    if run("kubectl", "get", "namespace", NAMESPACE, "--ignore-not-found") == "":
+        run("kubectl", "create", "namespace", NAMESPACE)
+        run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
+    install()
+    # The image's name is the same each time: a new one is taken up by a new pod only.
+    run("kubectl", "--namespace", NAMESPACE, "rollout", "restart", "daemonset/orlop-node")
+    wait()
+    print("the driver serves on every node", flush=True)
+
+
+def install(*values: str) -> None:
+    """Install or upgrade the chart with the tests' values, and further ones."""
+    more = [word for value in values for word in ("--set", value)]
+    run("helm", "upgrade", "--install", "orlop", CHART, "--namespace", NAMESPACE, "--values", VALUES, *more)
+
+
+def wait() -> None:
+    for workload in ("daemonset/orlop-node", "deployment/orlop-resizer"):
+        run("kubectl", "--namespace", NAMESPACE, "rollout", "status", workload, "--timeout=120s")

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user does with kubectl, as functions; and the manifests that tests need over and over.
+
+Every wait has an end, and its failure shows the objects' events. Not its business: the cluster itself.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.harness.images import BUSYBOX_IMAGE
+from tests.cluster.harness.processes import environment
+
+Manifest = dict[str, Any]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DRIVER = "local.orlop.dev"
+NODE_KEY = f"topology.{DRIVER}/node"
+
+
+class KubectlFailed(Exception):
+    """kubectl said no; the message is what it said."""
+
+
+def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
+    done = subprocess.run(
+        ["kubectl", *arguments],
+        input=stdin,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise KubectlFailed(f"kubectl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def wait_until(
+    is_so: Callable[[], bool], what: str, timeout_s: float = 60, tell: Callable[[], str] = str
+) -> None:
+    """Wait for `is_so`; when it does not come, fail with what `tell` has to say."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s:.0f} s for {what}\n{tell()}")
+        time.sleep(0.2)
+
+
+class Namespace:
+    """One namespace, and a user in front of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def apply(self, *manifests: Manifest) -> None:
+        bundle = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
+        self.kubectl("apply", "--filename=-", stdin=json.dumps(bundle))
+
+    def apply_example(self, name: str) -> None:
+        self.kubectl("apply", f"--filename={EXAMPLES / name}")
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return kubectl(f"--namespace={self.name}", *arguments, stdin=stdin)
+
+    def get(self, kind: str, name: str) -> Manifest:
+        found: Manifest = json.loads(self.kubectl("get", kind, name, "--output=json"))
+        return found
+
+    def exists(self, kind: str, name: str) -> bool:
+        return self.kubectl("get", kind, name, "--ignore-not-found", "--output=name") != ""
+
+    def delete(self, kind: str, name: str) -> None:
+        self.kubectl("delete", kind, name, "--wait", "--timeout=90s")
+
+    def shell(self, pod: str, script: str, container: str | None = None) -> str:
+        """Run a script in the pod; raises with its words if it fails."""
+        where = [pod] if container is None else [pod, f"--container={container}"]
+        return self.kubectl("exec", *where, "--", "sh", "-c", script).strip()
+
+    def refusal(self, pod: str, script: str, container: str | None = None) -> str:
+        """Run a script that must fail; what it said."""
+        try:
+            self.shell(pod, script, container)
+        except KubectlFailed as error:
+            return str(error)
+        raise AssertionError(f"this should have been refused in pod {pod}: {script}")
+
+    def wait_until_running(self, pod: str, timeout_s: float = 60) -> None:
+        wait_until(lambda: self._is_ready(pod), f"pod {pod} to run", timeout_s, self.story)
+
+    def wait_until_phase(self, kind: str, name: str, phase: str, timeout_s: float = 60) -> None:
+        def is_so() -> bool:
+            return bool(self.get(kind, name)["status"].get("phase") == phase)
+
+        wait_until(is_so, f"{kind} {name} to be {phase}", timeout_s, self.story)
+
+    def wait_for_event(self, name: str, words: str, timeout_s: float = 60) -> str:
+        """The message of an event about the object `name` that contains `words`."""
+        found: list[str] = []
+
+        def is_so() -> bool:
+            found.extend(text for text in self.events(name) if words in text)
+            return bool(found)
+
+        wait_until(is_so, f"an event about {name} with {words!r}", timeout_s, self.story)
+        return found[0]
+
+    def events(self, name: str) -> list[str]:
+        listed = self.kubectl(
+            "get", "events", f"--field-selector=involvedObject.name={name}", "--output=json"
+        )
+        return [str(event["message"]) for event in json.loads(listed)["items"]]
+
+    def node_of(self, pod: str) -> str:
+        return str(self.get("pod", pod)["spec"]["nodeName"])
+
+    def volume_of(self, claim: str) -> Manifest:
+        """The PersistentVolume that the claim is bound to."""
+        return self.get("persistentvolume", self.get("persistentvolumeclaim", claim)["spec"]["volumeName"])
+
+    def story(self) -> str:
+        """What a user would look at when something does not come about."""
+        objects = self.kubectl("get", "pods,persistentvolumeclaims", "--output=wide")
+        return objects + self.kubectl("get", "events", "--sort-by=.lastTimestamp")
+
+    def _is_ready(self, pod: str) -> bool:
+        if not self.exists("pod", pod):
+            return False
+        conditions = self.get("pod", pod)["status"].get("conditions", [])
+        return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+
+
+def claim(name: str, size: str = "1Gi", storage_class: str = "csi-disk", **spec: object) -> Manifest:
+    wanted = {
+        "storageClassName": storage_class,
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": size}},
+    }
+    return _object("v1", "PersistentVolumeClaim", name, spec=wanted | spec)
+
+
+def pod(
+    name: str,
+    mounts: Mapping[str, str],
+    command: str = "exec sleep 3600",
+    block: bool = False,
+    **spec: object,
+) -> Manifest:
+    """A pod of one container; `mounts` says which claim is at which path (with `block`, at which device)."""
+    container: Manifest = {"name": "main", "image": BUSYBOX_IMAGE, "command": ["sh", "-c", command]}
+    if block:
+        container["volumeDevices"] = [{"name": one, "devicePath": path} for path, one in mounts.items()]
+    else:
+        container["volumeMounts"] = [{"name": one, "mountPath": path} for path, one in mounts.items()]
+    volumes = [{"name": one, "persistentVolumeClaim": {"claimName": one}} for one in mounts.values()]
+    wanted = {"terminationGracePeriodSeconds": 1, "containers": [container], "volumes": volumes}
+    return _object("v1", "Pod", name, spec=wanted | spec)
+
+
+def storage_class(
+    name: str, parameters: Mapping[str, str], binding: str = "WaitForFirstConsumer"
+) -> Manifest:
+    return _object(
+        "storage.k8s.io/v1",
+        "StorageClass",
+        name,
+        provisioner=DRIVER,
+        parameters=dict(parameters),
+        volumeBindingMode=binding,
+        reclaimPolicy="Delete",
+        allowVolumeExpansion=True,
+    )
+
+
+def _object(version: str, kind: str, name: str, **rest: object) -> Manifest:
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **rest}

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What volumes leave on a node: homes in the pools, loop devices, mounts, directories of kubelet."""
+
+from tests.cluster.harness import layout, node
+from tests.cluster.harness.layout import Node
+
+# One shell for all questions: entering a node costs more than asking.
+_LOOK = r"""
+for home in /var/lib/orlop/*/volumes/* /var/lib/orlop/*/staging/* /var/lib/orlop/*/trash/*; do
+    [ -e "$home" ] && echo "home $home"
+done
+grep -ho '[^ ]*/kubernetes.io[^ ]*csi[^ ]*' /proc/self/mountinfo | sed 's/^/mount /'
+losetup --list --noheadings --raw --output NAME,BACK-FILE,BACK-MAJ:MIN
+exit 0
+"""
+
+
+def of_all_nodes() -> set[str]:
+    return {f"{one.name}: {trace}" for one in layout.existing_nodes() for trace in of(one)}
+
+
+def of(one: Node) -> set[str]:
+    lines = node.execute(one, "sh", "-c", _LOOK).splitlines()
+    return {line for line in lines if line.startswith(("home ", "mount ")) or "/var/lib/orlop/" in line}
