@@ -31,7 +31,7 @@ from csi_driver.model import (
     StageRequest,
     VolumeRequest,
 )
-from csi_driver.node import EPHEMERAL, SIZE, Node
+from csi_driver.node import Node
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 
@@ -207,5 +207,5 @@ def published(
 
 
 def inline(volume_id: str, target: Path, size_bytes: int) -> PublishRequest:
-    context = {EPHEMERAL: "true", SIZE: str(size_bytes)}
+    context = {"csi.storage.k8s.io/ephemeral": "true", "size": str(size_bytes)}
     return PublishRequest(volume_id, str(target), capability(), context=context)
