@@ -115,16 +115,18 @@ def test_next_pool_is_tried_when_the_first_has_no_room(tmp_path: Path) -> None:
 
 
 def test_pool_that_cannot_do_it_is_passed_over_for_one_that_can(tmp_path: Path) -> None:
-    roomy = Kind("roomy", "memory", options='total = "1Ti"\nclasses = ["x"]\n')
-    image = Kind("image", "image", options='classes = ["x"]\n')
-    configs = [configure(kind, tmp_path / kind.name, name=kind.name) for kind in (roomy, image)]
-    block = (capability(access_type=AccessType.BLOCK),)
+    roomy = Kind("roomy", "directory", options='classes = ["x"]\nenforce_capacity = false\n')
+    small = Kind("small", "memory", options='total = "64Mi"\nclasses = ["x"]\n')
+    configs = [configure(kind, tmp_path / kind.name, name=kind.name) for kind in (roomy, small)]
+    wanted = (capability(fs_type="memfs"),)
 
     with open_rig(*configs) as rig:
-        made, record = make(rig, volume("a", MIB, type="x", capabilities=block))
+        assert [pool.name for pool in rig.pools.candidates({"type": "x"})] == ["roomy", "small"]
+        made, _ = make(rig, volume("a", MIB, type="x", capabilities=wanted))
+        with pytest.raises(ResourceExhausted):
+            make(rig, volume("b", 65 * MIB, type="x", capabilities=wanted))
 
-    assert made.startswith("image-")
-    assert record.access_type is AccessType.BLOCK
+    assert made.startswith("small-")
 
 
 @pytest.mark.parametrize(
