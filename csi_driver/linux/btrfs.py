@@ -21,6 +21,8 @@ from csi_driver.linux import syscall
 from csi_driver.linux.syscall import ioctl, request_code
 
 BTRFS_FIRST_FREE_OBJECTID: Final = 256
+BTRFS_ROOT_TREE_OBJECTID: Final = 1
+BTRFS_ROOT_BACKREF_KEY: Final = 144
 BTRFS_SUPER_MAGIC: Final = 0x9123683E
 BTRFS_SUBVOL_RDONLY: Final = 1 << 1
 BTRFS_QUOTA_CTL_ENABLE: Final = 1
@@ -119,11 +121,32 @@ class InoLookup(ctypes.Structure):
     _fields_ = [("treeid", c_uint64), ("objectid", c_uint64), ("name", c_char * 4080)]
 
 
+class SearchArgs(ctypes.Structure):
+    """struct btrfs_ioctl_search_args, its struct btrfs_ioctl_search_key inlined."""
+
+    _fields_ = [
+        ("tree_id", c_uint64),
+        ("min_objectid", c_uint64),
+        ("max_objectid", c_uint64),
+        ("min_offset", c_uint64),
+        ("max_offset", c_uint64),
+        ("min_transid", c_uint64),
+        ("max_transid", c_uint64),
+        ("min_type", c_uint32),
+        ("max_type", c_uint32),
+        ("nr_items", c_uint32),
+        ("unused", c_uint32),
+        ("unused1", c_uint64 * 4),
+        ("buf", c_char * 3992),
+    ]
+
+
 _W: Final = 1
 _R: Final = 2
 BTRFS_IOC_RESIZE: Final = request_code(_W, _MAGIC, 3, ctypes.sizeof(VolArgs))
 BTRFS_IOC_SUBVOL_CREATE: Final = request_code(_W, _MAGIC, 14, ctypes.sizeof(VolArgs))
 BTRFS_IOC_SNAP_DESTROY: Final = request_code(_W, _MAGIC, 15, ctypes.sizeof(VolArgs))
+BTRFS_IOC_TREE_SEARCH: Final = request_code(_R | _W, _MAGIC, 17, ctypes.sizeof(SearchArgs))
 BTRFS_IOC_INO_LOOKUP: Final = request_code(_R | _W, _MAGIC, 18, ctypes.sizeof(InoLookup))
 BTRFS_IOC_WAIT_SYNC: Final = request_code(_W, _MAGIC, 22, 8)
 BTRFS_IOC_SNAP_CREATE_V2: Final = request_code(_W, _MAGIC, 23, ctypes.sizeof(VolArgsV2))
@@ -198,13 +221,23 @@ def subvolume_id(fd: int) -> int:
 
 
 def subvolume_exists(root_fd: int, subvolume_id: int) -> bool:
-    """Whether there is such a subvolume; a deleted one is not, though its space may still be on its way back."""
-    args = InoLookup(subvolume_id, BTRFS_FIRST_FREE_OBJECTID)
-    try:
-        ioctl(root_fd, BTRFS_IOC_INO_LOOKUP, args, "BTRFS_IOC_INO_LOOKUP")
-    except FileNotFoundError:
-        return False
-    return True
+    """Whether there is such a subvolume; a deleted one is not, though its space may still be on its way back.
+
+    Asks for the name that it has in its parent, which goes with the deletion: BTRFS_IOC_INO_LOOKUP of a subvolume's own
+    root succeeds for any number.
+    """
+    search = SearchArgs(
+        tree_id=BTRFS_ROOT_TREE_OBJECTID,
+        min_objectid=subvolume_id,
+        max_objectid=subvolume_id,
+        max_offset=_UNLIMITED,
+        max_transid=_UNLIMITED,
+        min_type=BTRFS_ROOT_BACKREF_KEY,
+        max_type=BTRFS_ROOT_BACKREF_KEY,
+        nr_items=1,
+    )
+    ioctl(root_fd, BTRFS_IOC_TREE_SEARCH, search, "BTRFS_IOC_TREE_SEARCH")
+    return bool(search.nr_items)
 
 
 def set_readonly(fd: int, readonly: bool) -> None:

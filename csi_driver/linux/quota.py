@@ -209,14 +209,15 @@ def get(root_fd: int, project_id: int) -> ProjectUsage:
 
 
 def next_id(root_fd: int, after: int) -> int | None:
-    """The smallest project id above `after` that has a limit or holds anything; None if there is none."""
+    """The smallest project id above `after` that has a limit or holds anything; None if there is none.
+
+    Raises OSError: ESRCH or ENOSYS quotas are off.
+    """
     found = FsDiskQuota()
     try:
         _quotactl(root_fd, Q_XGETNEXTQUOTA, after + 1, found)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESRCH):
-            return None
-        raise
+    except FileNotFoundError:
+        return None
     return int(found.d_id)
 
 

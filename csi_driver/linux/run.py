@@ -6,6 +6,7 @@ Argument lists only, never a shell. stdout and stderr are kept apart: tools warn
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -82,7 +83,9 @@ class CommandFailed(CommandError):
         self.returncode = returncode
         self.stderr = stderr
         self.timed_out = timeout_s is not None
-        detail = " ".join(stderr.split())
+        # mkfs.xfs and others follow their reason with all of their usage.
+        reason = re.split(r"^usage:", stderr, maxsplit=1, flags=re.IGNORECASE | re.MULTILINE)[0] or stderr
+        detail = " ".join(reason.split())
         super().__init__(
             f"{shlex.join(argv)} {_ending(returncode, timeout_s)}" + (f": {detail}" if detail else "")
         )

@@ -44,4 +44,4 @@ def _has_room(device: Path, size_bytes: int) -> bool:
         return False
     low, log_size = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 0x18)[0]
     count = low | struct.unpack_from("<I", block, 0x150)[0] << 32
-    return size_bytes // (1024 << log_size) - count > _TAIL_BLOCKS
+    return bool(size_bytes // (1024 << log_size) - count > _TAIL_BLOCKS)

@@ -25,8 +25,8 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(fd)
 
 
-def ensure(dir_fd: int, path: str, **how: int) -> os.stat_result:
-    fd = files.ensure_directory(dir_fd, path, **how)
+def ensure(dir_fd: int, path: str, mode: int = 0o755, uid: int = 0, gid: int = 0) -> os.stat_result:
+    fd = files.ensure_directory(dir_fd, path, mode=mode, uid=uid, gid=gid)
     try:
         return os.fstat(fd)
     finally:

@@ -30,6 +30,8 @@ BEFORE_5_2 = (
     syscall.FSMOUNT,
 )
 
+PLAIN = Attributes()
+
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
@@ -40,7 +42,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(fd)
 
 
-def bind(source: Path, target: Path, attributes: Attributes = mount.NONE) -> None:
+def bind(source: Path, target: Path, attributes: Attributes = PLAIN) -> None:
     with opened(source) as fd:
         mount.bind(fd, target, attributes)
 

@@ -21,12 +21,13 @@ HEADERS = """
 #include <linux/loop.h>
 #include <linux/fs.h>
 #include <linux/btrfs.h>
+#include <linux/btrfs_tree.h>
 #include <linux/quota.h>
 #include <linux/dqblk_xfs.h>
 """
 
 # Newer headers put new fields there.
-FILLING = ("spare0", "spare3", "reserved", "unused")
+FILLING = ("spare0", "spare3", "reserved", "unused", "unused1")
 
 STRUCTURES: list[tuple[type[ctypes.Structure], str, dict[str, str]]] = [
     (syscall.Statx, "struct statx", {}),
@@ -50,6 +51,12 @@ STRUCTURES: list[tuple[type[ctypes.Structure], str, dict[str, str]]] = [
     (btrfs.QuotaCtl, "struct btrfs_ioctl_quota_ctl_args", {}),
     (btrfs.FsInfo, "struct btrfs_ioctl_fs_info_args", {}),
     (btrfs.DevInfo, "struct btrfs_ioctl_dev_info_args", {}),
+    (btrfs.QgroupAssign, "struct btrfs_ioctl_qgroup_assign_args", {}),
+    (
+        btrfs.SearchArgs,
+        "struct btrfs_ioctl_search_args",
+        {field[0]: f"key.{field[0]}" for field in btrfs.SearchArgs._fields_ if field[0] != "buf"},
+    ),
     (btrfs.InoLookup, "struct btrfs_ioctl_ino_lookup_args", {}),
 ]
 
@@ -112,6 +119,13 @@ CONSTANTS = {
     "BTRFS_IOC_RESIZE": btrfs.BTRFS_IOC_RESIZE,
     "BTRFS_IOC_SUBVOL_CREATE": btrfs.BTRFS_IOC_SUBVOL_CREATE,
     "BTRFS_IOC_SNAP_DESTROY": btrfs.BTRFS_IOC_SNAP_DESTROY,
+    "BTRFS_IOC_TREE_SEARCH": btrfs.BTRFS_IOC_TREE_SEARCH,
+    "BTRFS_IOC_QGROUP_ASSIGN": btrfs.BTRFS_IOC_QGROUP_ASSIGN,
+    "BTRFS_IOC_START_SYNC": btrfs.BTRFS_IOC_START_SYNC,
+    "BTRFS_IOC_WAIT_SYNC": btrfs.BTRFS_IOC_WAIT_SYNC,
+    "BTRFS_ROOT_BACKREF_KEY": btrfs.BTRFS_ROOT_BACKREF_KEY,
+    "BTRFS_ROOT_TREE_OBJECTID": btrfs.BTRFS_ROOT_TREE_OBJECTID,
+    "BTRFS_FIRST_FREE_OBJECTID": btrfs.BTRFS_FIRST_FREE_OBJECTID,
     "BTRFS_IOC_INO_LOOKUP": btrfs.BTRFS_IOC_INO_LOOKUP,
     "BTRFS_IOC_SNAP_CREATE_V2": btrfs.BTRFS_IOC_SNAP_CREATE_V2,
     "BTRFS_IOC_SUBVOL_GETFLAGS": btrfs.BTRFS_IOC_SUBVOL_GETFLAGS,
