@@ -6,7 +6,7 @@ A volume whose payload is a directory needs none of it. Locks, idempotency again
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,9 +70,7 @@ def stage(volume: Local, staging: Path, capability: Capability) -> None:
             _fit(volume, staging)
         except BaseException:
             if mount.find_mounted(staging) is None:
-                # Unless something else uses it.
-                with suppress(FailedPrecondition):
-                    volume.pool.backend.detach(volume.home)
+                volume.pool.backend.detach(volume.home)
             raise
 
 

@@ -165,8 +165,7 @@ class Backend(Protocol):
     def detach(self, home: Home) -> None:
         """Undo `attach` (both kinds); fine when there is nothing to undo.
 
-        Raises:
-            FailedPrecondition: something still uses it.
+        What another mount namespace still holds goes when that lets go of it; `attach` in between finds it again.
         """
 
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:

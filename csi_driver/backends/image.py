@@ -6,6 +6,7 @@ neighbour can take it away. Formatted once, there, while nobody else can see it.
 """
 
 import errno
+import logging
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
-from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
+from csi_driver.errors import ConfigurationError, ResourceExhausted, invalid
 from csi_driver.linux import files, filesystem, loop, mount, run
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
@@ -36,6 +37,8 @@ from csi_driver.model import (
     Stats,
     VolumeSpec,
 )
+
+log = logging.getLogger(__name__)
 
 SECTOR_BYTES = 4 * KIB
 """Logical sector of a device that holds a filesystem: every pool filesystem can do direct I/O at it."""
@@ -154,11 +157,12 @@ class ImageBackend:
         return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes
 
     def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Device:
-        standing = self.find_attached(home, record, readonly=readonly)
-        if standing is not None:
-            return standing
         fd = home.open(PAYLOAD_IMAGE, os.O_RDONLY if readonly else os.O_RDWR)
         try:
+            standing = self._find_loop(fd, home.id, readonly=readonly)
+            if standing is not None:
+                loop.keep(standing)
+                return _device(standing, record)
             sector_size = SECTOR_BYTES
             if record.access_type is AccessType.BLOCK:
                 # What programs expect of a raw device, unless direct I/O on this pool needs larger ones.
@@ -192,11 +196,8 @@ class ImageBackend:
             return
         try:
             for attached in loop.find(fd):
-                loop.detach(attached)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise FailedPrecondition(f"volume {home.id!r}: its device is still in use: {error}") from error
+                if not loop.release(attached):
+                    log.warning("volume %s: %s goes when its last user lets go of it", home.id, attached.path)
         finally:
             os.close(fd)
         self._loops.pop((home.id, False), None)

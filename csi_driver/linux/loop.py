@@ -97,7 +97,7 @@ def all() -> list[Loop]:
 def find(image_fd: int) -> list[Loop]:
     """The loop devices backed by this very file, in the order of their numbers."""
     image = os.fstat(image_fd)
-    return [loop for loop in _attached() if _is_backed_by(loop, image)]
+    return list(_attached((image.st_dev, image.st_ino)))
 
 
 def get(number: int) -> Loop | None:
@@ -105,21 +105,18 @@ def get(number: int) -> Loop | None:
     return _look(number)
 
 
-def _is_backed_by(loop: Loop, image: os.stat_result) -> bool:
-    return (loop.backing_device, loop.backing_inode) == (image.st_dev, image.st_ino)
-
-
-def _attached() -> Iterator[Loop]:
+def _attached(backing: tuple[int, int] | None = None) -> Iterator[Loop]:
+    """All attached devices, or those of one backing (device, inode)."""
     names = (name for name in os.listdir(_SYS_BLOCK) if name.startswith("loop") and name[4:].isdigit())
     for number in sorted(int(name[4:]) for name in names):
         # sysfs has this directory only while the device is attached, and asking it opens nothing.
         if os.path.exists(f"{_SYS_BLOCK}/loop{number}/loop"):
-            loop = _look(number)
+            loop = _look(number, backing)
             if loop is not None:
                 yield loop
 
 
-def _look(number: int) -> Loop | None:
+def _look(number: int, backing: tuple[int, int] | None = None) -> Loop | None:
     try:
         fd = _open(number, os.O_RDONLY)
     except OSError as error:
@@ -128,7 +125,9 @@ def _look(number: int) -> Loop | None:
         raise
     try:
         info = _status(fd)
-        return None if info is None else _loop(fd, number, info)
+        if info is None or backing not in (None, (info.lo_device, info.lo_inode)):
+            return None
+        return _loop(fd, number, info)
     finally:
         os.close(fd)
 
@@ -307,10 +306,29 @@ def detach(loop: Loop) -> None:
     pause = 0.001
     while not _clear(loop):
         if time.monotonic() > deadline:
-            _keep(loop)
+            keep(loop)
             raise OSError(errno.EBUSY, "loop device still in use", os.fspath(loop.path))
         time.sleep(pause)
         pause = min(pause * 2, 0.1)
+
+
+def release(loop: Loop) -> bool:
+    """Take the file from behind the device, at once or when its last user lets go; whether it is gone already.
+
+    A mount that another mount namespace has copied keeps a device in use for as long as that namespace lives, and
+    nobody here can end it. The kernel clears the device then (LO_FLAGS_AUTOCLEAR). `keep` takes it back.
+    """
+    if _clear(loop):
+        return True
+    ours = _open_if_ours(loop, os.O_RDONLY)
+    if ours is None:
+        return True
+    fd, _ = ours
+    try:
+        ioctl(fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
+    finally:
+        os.close(fd)
+    return get(loop.number) is None
 
 
 def _open_if_ours(loop: Loop, flags: int) -> tuple[int, LoopInfo64] | None:
@@ -351,7 +369,7 @@ def _clear(loop: Loop) -> bool:
     return now is None or (now.backing_device, now.backing_inode) != (loop.backing_device, loop.backing_inode)
 
 
-def _keep(loop: Loop) -> None:
+def keep(loop: Loop) -> None:
     """Undo the mark that LOOP_CLR_FD left on a device in use, lest it vanish from under a later user."""
     ours = _open_if_ours(loop, os.O_RDONLY)
     if ours is None:
