@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from ctypes import c_char, c_uint32, c_uint64
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -71,6 +72,9 @@ class Statmount(ctypes.Structure):
         ("mnt_propagation", c_uint64),
         ("rest", c_char * 512),
     ]
+    sb_flags: int
+    mnt_id_old: int
+    mnt_attr: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +154,15 @@ def _statmount(found: syscall.Statx) -> Statmount | None:
 
 def _from_statmount(status: Statmount) -> tuple[Attributes, bool, int]:
     """(attributes, whether writes are refused by mount or filesystem, mount id as in mountinfo)."""
-    bits = int(status.mnt_attr)
+    attributes = _attributes(status.mnt_attr)
+    return attributes, attributes.readonly or bool(status.sb_flags & SB_RDONLY), status.mnt_id_old
+
+
+@lru_cache(maxsize=512)
+def _attributes(bits: int) -> Attributes:
     present = {name: bool(bits & flags[0]) for name, flags in FLAGS.items()}
     present["relatime"] = not bits & MOUNT_ATTR__ATIME
-    attributes = Attributes(**present)
-    return attributes, attributes.readonly or bool(status.sb_flags & SB_RDONLY), int(status.mnt_id_old)
+    return Attributes(**present)
 
 
 def _look_again(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, int]:

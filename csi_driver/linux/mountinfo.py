@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from csi_driver.linux import syscall
@@ -60,25 +61,35 @@ def parse(line: bytes) -> Mount:
     front, _, back = line.partition(b" - ")
     mount_id, parent_id, device, root, target, options, *optional = front.split(b" ")
     fs_type, source, super_options = (*back.split(b" "), b"", b"")[:3]
-    major, minor = device.split(b":")
     return Mount(
         mount_id=int(mount_id),
         parent_id=int(parent_id),
-        device=os.makedev(int(major), int(minor)),
+        device=_device(device),
         root=_unescape(root),
         target=_unescape(target),
-        options=tuple(_unescape(options).split(",")),
+        options=_options(options),
         fs_type=_unescape(fs_type),
         source=_unescape(source),
-        super_options=tuple(_unescape(super_options).split(",")),
+        super_options=_options(super_options),
         shared=any(tag.startswith(b"shared:") for tag in optional),
     )
+
+
+def _device(field: bytes) -> int:
+    major, minor = field.split(b":")
+    return os.makedev(int(major), int(minor))
+
+
+@lru_cache(maxsize=256)
+def _options(field: bytes) -> tuple[str, ...]:
+    # A few combinations make up thousands of mounts.
+    return tuple(_unescape(field).split(","))
 
 
 def _unescape(field: bytes) -> str:
     if b"\\" in field:
         field = _ESCAPE.sub(lambda found: bytes((int(found[1], 8),)), field)
-    return os.fsdecode(field)
+    return field.decode("utf-8", "surrogateescape")
 
 
 def source_root(fd: int) -> tuple[int, str]:
@@ -88,31 +99,29 @@ def source_root(fd: int) -> tuple[int, str]:
 
     Raises OSError: ENOENT if it has been deleted.
     """
-    return _locate(fd, None)
+    return _locate(fd, _lines())
 
 
-def _locate(fd: int, known: list[Mount] | None) -> tuple[int, str]:
+def _locate(fd: int, lines: list[bytes]) -> tuple[int, str]:
     found = os.fstat(fd)
     path = os.readlink(f"/proc/self/fd/{fd}")
     if found.st_nlink == 0:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     mount_id = syscall.statx(fd, "", syscall.AT_EMPTY_PATH, syscall.STATX_MNT_ID).stx_mnt_id
-    own = _own(mount_id, known)
+    own = _find(mount_id, lines)
     if own is None:
         return found.st_dev, path
     return own.device, _join(own.root, _relative(path, own.target))
 
 
-def _own(mount_id: int, known: list[Mount] | None) -> Mount | None:
-    if known is None:
-        return find(mount_id)
-    return next((mount for mount in known if mount.mount_id == mount_id), None)
-
-
 def find(mount_id: int) -> Mount | None:
     """The mount of this id (as statx's STATX_MNT_ID tells it); None if it is detached or gone."""
+    return _find(mount_id, _lines())
+
+
+def _find(mount_id: int, lines: list[bytes]) -> Mount | None:
     prefix = b"%d " % mount_id
-    return next((parse(line) for line in _lines() if line.startswith(prefix)), None)
+    return next((parse(line) for line in lines if line.startswith(prefix)), None)
 
 
 def _relative(path: str, base: str) -> str:
@@ -140,9 +149,15 @@ def mounts_of(fd: int) -> list[Mount]:
 
     Only of this mount namespace: what another namespace alone has mounted is not seen.
     """
-    known = mounts()
-    device, root = _locate(fd, known)
-    return [mount for mount in known if mount.device == device and _is_beneath(mount.root, root)]
+    lines = _lines()
+    device, root = _locate(fd, lines)
+    number = b"%d:%d" % (os.major(device), os.minor(device))
+
+    def shows(line: bytes) -> bool:
+        fields = line.split(b" ", 4)
+        return fields[2] == number and _is_beneath(_unescape(fields[3]), root)
+
+    return [parse(line) for line in lines if shows(line)]
 
 
 def mounts_beneath(fd: int) -> list[Mount]:
@@ -150,8 +165,9 @@ def mounts_beneath(fd: int) -> list[Mount]:
 
     A mount on the same directory reached by another path (through a bind mount of a parent) counts as well.
     """
-    known = mounts()
-    device, root = _locate(fd, known)
+    lines = _lines()
+    device, root = _locate(fd, lines)
+    known = [parse(line) for line in lines]
     return [mount for mount, at in _mount_points(known) if at[0] == device and _is_beneath(at[1], root)]
 
 
