@@ -63,7 +63,7 @@ class Bare:
     def attach_and_mount(self) -> None:
         """LOOP_CONFIGURE of that image with direct I/O, and mount(2) of it."""
         fd = os.open(self._folder / "image", os.O_RDWR | os.O_CLOEXEC)
-        attached = loop.attach(fd, sector_size=4096)
+        attached = loop.attach(fd, sector_size=4096, discard=False)
         os.close(fd)
         syscall.mount(os.fspath(attached.path), os.fspath(self._folder / "target"), "ext4", 0, None)
 

@@ -174,7 +174,8 @@ class Catalog:
         """
         home_fd = home.open_directory()
         try:
-            files.write_atomic(home_fd, RECORD_FILE, _encode(record))
+            # Not by a rename of its own: the home's is the one that counts, and each of them costs a commit on the disk.
+            files.write_new(home_fd, RECORD_FILE, _encode(record))
             files.sync(home_fd)
         finally:
             os.close(home_fd)

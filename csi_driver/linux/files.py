@@ -130,6 +130,17 @@ def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int, dur
     return open_beneath(dir_fd, name, _DIRECTORY)
 
 
+def write_new(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
+    """Make the file `name` with this content, synced. FileExistsError if there is one. A crash may leave a part of it."""
+    fd = open_beneath(dir_fd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(fd, mode)
+        _write_all(fd, data)
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_atomic(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
     """Make `name` hold exactly `data`, all or nothing, and its content synced.
 

@@ -84,6 +84,15 @@ def test_an_atomic_write_replaces_whole_and_leaves_nothing_else(root: int, tmp_p
     assert os.listdir(tmp_path) == ["f"]
 
 
+def test_a_new_file_is_written_whole_and_never_over_another(root: int, tmp_path: Path) -> None:
+    files.write_new(root, "f", b"one" * 100_000, mode=0o640)
+
+    with pytest.raises(FileExistsError):
+        files.write_new(root, "f", b"two")
+    assert files.read(root, "f") == b"one" * 100_000
+    assert (tmp_path / "f").stat().st_mode & 0o7777 == 0o640
+
+
 def test_readers_of_an_atomic_write_see_one_or_the_other(root: int) -> None:
     files.write_atomic(root, "f", b"a" * 5000)
     done = threading.Event()
