@@ -38,6 +38,7 @@ BLKGETSIZE64: Final = 0x80081272
 
 _CONTROL: Final = "/dev/loop-control"
 _SYS_BLOCK: Final = "/sys/block"
+_PARTITIONS: Final = "/proc/partitions"
 # Of threads that are given the same free number all but one are refused and ask again.
 _ATTEMPTS: Final = 500
 _CLEAR_TIMEOUT_S: Final = 1.0
@@ -107,13 +108,20 @@ def get(number: int) -> Loop | None:
 
 def _attached(backing: tuple[int, int] | None = None) -> Iterator[Loop]:
     """All attached devices, or those of one backing (device, inode)."""
-    names = (name for name in os.listdir(_SYS_BLOCK) if name.startswith("loop") and name[4:].isdigit())
-    for number in sorted(int(name[4:]) for name in names):
-        # sysfs has this directory only while the device is attached, and asking it opens nothing.
-        if os.path.exists(f"{_SYS_BLOCK}/loop{number}/loop"):
-            loop = _look(number, backing)
-            if loop is not None:
-                yield loop
+    for number in _sized():
+        loop = _look(number, backing)
+        if loop is not None:
+            yield loop
+
+
+def _sized() -> list[int]:
+    """The numbers of the devices that have a size, which only attached ones have.
+
+    One read for all: to look at each device in sysfs takes a millisecond where a node keeps a hundred idle ones.
+    """
+    with open(_PARTITIONS, "rb") as file:
+        names = file.read().split()[7::4]  # Behind the headline: major, minor, blocks, name.
+    return sorted(int(name[4:]) for name in names if name.startswith(b"loop") and name[4:].isdigit())
 
 
 def _look(number: int, backing: tuple[int, int] | None = None) -> Loop | None:
