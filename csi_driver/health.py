@@ -42,7 +42,7 @@ class Health:
         if files.is_read_only(pool.catalog.root_fd):
             message = f"pool {pool.name!r}: the filesystem at {pool.catalog.root} is read-only: see the kernel's log"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "ReadOnly", message))
-        if pool.space.available() == 0:
+        if pool.room() == 0:
             message = f"pool {pool.name!r}: has no room for another volume"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "Full", message))
         return entries

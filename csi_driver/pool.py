@@ -90,6 +90,10 @@ class Pool:
         """Whether the pool's directory is still the one that was opened."""
         return self.catalog.is_present()
 
+    def room(self) -> int:
+        """Bytes that may still be promised; none where the pool's directory is gone."""
+        return self.space.available() if self.is_present() else 0
+
     def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:
         """The sizes that can be made here."""
         return self.backend.size_limits(access_type, parameters)

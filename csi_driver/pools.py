@@ -95,7 +95,7 @@ class Pools:
                 )
         else:
             chosen = self._defaults()
-        return sorted(chosen, key=lambda pool: pool.space.available(), reverse=True)
+        return sorted(chosen, key=Pool.room, reverse=True)
 
     def named(self, name: str, field: str = "parameters.pool") -> Pool:
         """The pool of this name.

@@ -290,7 +290,9 @@ def lock(dir_fd: int, name: str) -> int | None:
 
     The lock lasts until the returned descriptor is closed, or the process ends, however it ends.
     """
-    fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    # Not open for writing: that would keep an administrator from remounting the filesystem read-only.
+    os.close(open_beneath(dir_fd, name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    fd = open_beneath(dir_fd, name, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

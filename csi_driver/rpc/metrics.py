@@ -93,7 +93,7 @@ class Metrics:
             try:
                 total = pool.backend.store().total_bytes
                 capacity.add_metric(place, total)
-                available.add_metric(place, pool.space.available())
+                available.add_metric(place, pool.room())
                 reserved.add_metric(place, pool.config.reserved.of(total))
                 promised.add_metric(place, pool.space.promised())
                 volumes.add_metric([pool.name], len(pool.catalog.ids()))

@@ -96,6 +96,6 @@ def inline_request(
     return PublishRequest(volume_id, str(scene.kubelet / "pod"), wanted or capability(), context=context)
 
 
-def static_request(scene: Scene, path: Path, **attributes: str) -> PublishRequest:
+def static_request(scene: Scene, path: Path | str, **attributes: str) -> PublishRequest:
     context = {"pool": "p", "path": os.fspath(path)} | attributes
     return PublishRequest("any/handle at all", str(scene.kubelet / "pod"), capability(), context=context)
