@@ -21,7 +21,7 @@ from csi_driver.cli.plan import Plan
 from csi_driver.cli.scratch import Scratch, missing_room, scratch
 from csi_driver.cli.steps import Report, Step
 from csi_driver.cli.walk import Walk
-from csi_driver.linux import loop
+from csi_driver.linux import loop, namespace
 from csi_driver.linux.run import CommandError
 
 HELD, FAILED, IMPOSSIBLE = 0, 1, 2
@@ -57,6 +57,8 @@ def demo(plan: Plan, place: Path, *, keep: bool, as_json: bool) -> int:
 
 def _walk(report: Report, plan: Plan, place: Path, *, keep: bool) -> int:
     try:
+        # Other namespaces that begin meanwhile (containers) copy the mounts they see, and would hold the pool.
+        namespace.own_mounts()
         with _deaf_at_the_end(), scratch(plan.pool_fs_type, place) as pool, driver(pool) as process:
             _introduce(report, plan, pool)
             try:
@@ -103,9 +105,12 @@ def _no_pause(_target: Path) -> None:
 
 def _pause(report: Report, pool: Scratch) -> Callable[[Path], None]:
     def pause(target: Path) -> None:
-        report.say(f"\n[bold]Kept for you to look at[/], until you press Enter:\n    ls -l {target}")
+        report.say(
+            "\n[bold]Kept for you to look at[/], until you press Enter here. In another terminal, as root:"
+        )
+        report.say(f"    nsenter --target {os.getpid()} --mount bash    # the demo's mounts are its own")
+        report.say(f"    ls -l {target}; findmnt | grep {pool.root.name}; less {pool.log}")
         report.say(f"    orlop volumes --endpoint unix://{pool.socket} --config {pool.config}")
-        report.say(f"    less {pool.log}")
         sys.stdin.readline()
 
     return pause

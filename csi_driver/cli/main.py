@@ -15,7 +15,11 @@ RUN, LOOK, SETTINGS = "Run", "Try and look", "Settings"
 app = typer.Typer(
     name="orlop",
     help="Orlop: storage for Kubernetes pods from what a cluster already has.",
-    epilog="Start with [bold]orlop demo[/] (as root). Every command explains itself: [bold]orlop COMMAND --help[/]",
+    epilog=(
+        "[bold]sudo orlop demo[/]               see it work, in seconds, on this machine\n\n"
+        "[bold]orlop config check my.toml[/]    what a configuration means\n\n"
+        "[bold]orlop COMMAND --help[/]          every command explains itself"
+    ),
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -78,8 +82,9 @@ def demo(
 ) -> None:
     """Walk a real volume through its whole life (as root).
 
-    A driver is started on a scratch pool. Every call, its time and what the kernel shows are printed; a crash of
-    the driver is part of it. Nothing is left behind.
+    A driver is started on a scratch pool. Every call, its time and what
+    the kernel shows are printed; a crash of the driver is part of it.
+    Nothing is left behind.
 
     Exit code: 0 every check held, 1 one did not, 2 not possible here.
     """
@@ -108,8 +113,8 @@ def doctor(
 ) -> None:
     """Tell what this machine lacks, why it matters, what to do.
 
-    Kernel, tools, kubelet's directory, the pools and what is in them, the driver's socket and its registration. It only
-    looks: no pool is changed or locked.
+    Kernel, tools, kubelet's directory, the pools and what is in them, the
+    driver's socket and its registration. No pool is changed or locked.
 
     Exit code: 0 all is well, 1 there are warnings, 2 something does not work.
     """
@@ -123,7 +128,8 @@ def doctor(
 def volumes(endpoint: Endpoint = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """List the volumes: whose they are, how full, where mounted.
 
-    The driver is asked; claims and names come from the records in its pools, which are read as they lie there.
+    The driver is asked; claims and names come from the records in its
+    pools, which are read as they lie there. Without a driver, those are all.
     """
     from csi_driver.cli.volumes import volumes as run
 
@@ -167,4 +173,4 @@ def version(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Every command but `serve`."""
-    app()
+    app(prog_name="orlop")

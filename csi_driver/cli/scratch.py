@@ -22,6 +22,8 @@ FILESYSTEM_BYTES = 4 * GIB
 """Sparse: it takes what is written to it, some ten MiB."""
 BESIDE_BYTES = GIB
 """What the disk beneath must have free: the demo fills a volume."""
+MOUNT_OPTIONS = {"btrfs": ("commit=1",)}
+"""btrfs frees a deleted subvolume after its next commit, and half a minute is long to look at."""
 RELEASE_TIMEOUT_S = 20.0
 PLACE = Path("/var/tmp")  # not /tmp, which may be memory
 
@@ -50,7 +52,7 @@ class Scratch:
             device = loop.attach(fd)
         finally:
             os.close(fd)
-        mount.mount_device(device.path, self.pool, fs_type)
+        mount.mount_device(device.path, self.pool, fs_type, MOUNT_OPTIONS.get(fs_type, ()))
 
     def mounts(self) -> list[str]:
         """Where volumes are mounted; the pool's own mount does not count."""
@@ -129,7 +131,7 @@ def _detach(names: Iterable[str]) -> None:
 
 
 def _detach_patiently(device: loop.Loop) -> None:
-    # Where mounts are not shared, a container that starts meanwhile copies ours, and holds them until it has ended.
+    # Somebody may be looking at it: whoever lists loop devices opens each.
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
     while True:
         try:
