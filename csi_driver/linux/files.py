@@ -7,8 +7,10 @@ business. Removing whole trees is in `tree` (re-exported here), for it needs to 
 
 import errno
 import fcntl
+import mmap
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,10 +24,12 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
+FALLOC_FL_WRITE_ZEROES: Final = 0x80
 FICLONE: Final = 0x40049409
 
 _ST_RDONLY: Final = 1
 _BLOCK: Final = 512
+_ZEROS: Final = 4 << 20
 
 # f_type of statfs(2), from linux/magic.h.
 FILESYSTEM_MAGIC: Final = {
@@ -233,6 +237,50 @@ def allocate(fd: int, offset: int, length: int) -> None:
     be allocated: free it by truncating or removing the file.
     """
     syscall.fallocate(fd, 0, offset, length)
+
+
+def write_zeros(fd: int, start: int, end: int) -> None:
+    """Turn what is allocated but unwritten between `start` and `end` into written zeros; what is written stays.
+
+    Then the first write of each block need not change the file's extents. The disk does it by itself where kernel (6.17)
+    and disk can; else all of it is written, past the page cache where possible, which takes as long as the disk takes.
+    No one else may write there meanwhile. Not synced.
+    """
+    sync(fd)  # What waits in the page cache for its first writing counts as written from here on.
+    direct = os.O_DIRECT if direct_io_alignment(fd) else 0
+    writer = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | direct)
+    try:
+        with mmap.mmap(-1, _ZEROS) as zeros:
+            for first, last in _unwritten(fd, start, end):
+                _write_zeros(writer, zeros, first, last)
+    finally:
+        os.close(writer)
+
+
+def _unwritten(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges that read as zero for want of data: unwritten extents look like holes."""
+    while start < end:
+        first = os.lseek(fd, start, os.SEEK_HOLE)
+        try:
+            start = os.lseek(fd, first, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # No data behind.
+                raise
+            start = end
+        if first < min(start, end):
+            yield first, min(start, end)
+
+
+def _write_zeros(fd: int, zeros: mmap.mmap, first: int, last: int) -> None:
+    try:
+        syscall.fallocate(fd, FALLOC_FL_WRITE_ZEROES, first, last - first)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    with memoryview(zeros) as view:
+        while first < last:
+            first += os.pwrite(fd, view[: min(_ZEROS, last - first)], first)
 
 
 def punch(fd: int, offset: int, length: int) -> None:
