@@ -37,6 +37,7 @@ class Space:
         self._written = 0
         self._in_flight = 0
         self._base = 0
+        self._returning = 0
 
     def adopt(self, shares: Mapping[str, tuple[int, int]]) -> None:
         """Replace the ledger by what is there: name to (promised, written) bytes. Samples the base."""
@@ -108,10 +109,14 @@ class Space:
         """Give a home's room back once the body has removed its files."""
         with self._guard:
             self._in_flight += 1
+        free = self._store().free_bytes
         try:
             yield
             with self._guard:
+                written = self._shares[name].written if name in self._shares else 0
                 self._drop(name)
+                # btrfs gives the space back a moment later.
+                self._returning += max(0, written - max(0, self._store().free_bytes - free))
         finally:
             with self._guard:
                 self._in_flight -= 1
@@ -138,10 +143,11 @@ class Space:
 
     def _sample_if_quiet(self) -> None:
         if not self._in_flight:
-            self._base = min(self._base, self._store().free_bytes + self._written)
+            self._base = min(self._base, self._store().free_bytes + self._written + self._returning)
 
     def _sample(self) -> None:
         self._base = self._store().free_bytes + self._written
+        self._returning = 0
 
     def _reserved_bytes(self) -> int:
         return self._reserved.of(self._store().total_bytes)

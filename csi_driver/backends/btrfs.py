@@ -115,6 +115,8 @@ class BtrfsBackend:
                     btrfs.set_limit(opened.fd, btrfs.qgroup_id(LEVEL, number), 0)
                 tree.remove_tree(opened.fd, PAYLOAD_DIRECTORY)
                 self._stale.add(number)
+                # Else the kernel waits up to half a minute before it gives the space back.
+                btrfs.start_commit(opened.fd)
             if time.monotonic() - self._swept_at >= _SWEEP_S:
                 self._sweep(opened.fd)
 

@@ -366,7 +366,7 @@ def remove_qgroup(root_fd: int, qgroup: int) -> None:
     """Forget the qgroup of a deleted subvolume, or one without members. Missing is fine, quotas off too.
 
     Raises OSError: EBUSY while the subvolume, or with simple quotas space that it wrote, is still there (after a
-    deletion that takes about a commit interval, 30 s): repeat later.
+    deletion that takes until after the next commit): repeat later.
     """
     try:
         ioctl(root_fd, BTRFS_IOC_QGROUP_CREATE, QgroupCreate(0, qgroup), "BTRFS_IOC_QGROUP_CREATE")
@@ -377,9 +377,14 @@ def remove_qgroup(root_fd: int, qgroup: int) -> None:
 
 def commit(fd: int) -> None:
     """Have all metadata on disk: subvolumes, qgroups, limits. fsync(2) promises only files and directories."""
+    ioctl(fd, BTRFS_IOC_WAIT_SYNC, c_uint64(start_commit(fd)), "BTRFS_IOC_WAIT_SYNC")
+
+
+def start_commit(fd: int) -> int:
+    """Begin a commit and do not wait. After it the kernel begins to give back the space of deleted subvolumes."""
     transaction = c_uint64()
     ioctl(fd, BTRFS_IOC_START_SYNC, transaction, "BTRFS_IOC_START_SYNC")
-    ioctl(fd, BTRFS_IOC_WAIT_SYNC, transaction, "BTRFS_IOC_WAIT_SYNC")
+    return transaction.value
 
 
 def wait_rescan(root_fd: int) -> None:
