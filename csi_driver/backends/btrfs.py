@@ -99,7 +99,7 @@ class BtrfsBackend:
             btrfs.create_subvolume(opened.fd, PAYLOAD_DIRECTORY)
         with directories.attach(home) as data:
             directories.set_owner(data.fd, spec.parameters)
-            _limit(data.fd, spec.size_bytes)
+        _limit(home, spec.size_bytes)
 
     def clear(self, home: Home) -> None:
         """Delete the subvolume, with what a pod made in it, and its quota group."""
@@ -125,8 +125,7 @@ class BtrfsBackend:
 
     def grow(self, home: Home, size_bytes: int) -> int:
         if self.size_bytes(home) < size_bytes:
-            with directories.attach(home) as data:
-                _limit(data.fd, size_bytes)
+            _limit(home, size_bytes)
         return self.size_bytes(home)
 
     def store(self) -> Store:
@@ -230,11 +229,14 @@ class BtrfsBackend:
                 self._stale.discard(number)
 
 
-def _limit(data_fd: int, size_bytes: int) -> None:
+def _limit(home: Home, size_bytes: int) -> None:
     """Limit the subvolume and what will be in it; on disk when this returns."""
-    number = btrfs.subvolume_id(data_fd)
+    with directories.attach(home) as data:
+        number = btrfs.subvolume_id(data.fd)
     qgroup = btrfs.qgroup_id(LEVEL, number)
-    btrfs.ensure_qgroup(data_fd, qgroup)
-    btrfs.set_limit(data_fd, qgroup, size_bytes)
-    btrfs.ensure_member(data_fd, number, qgroup)
-    btrfs.commit(data_fd)
+    # Not by way of the subvolume: when it is full, that is refused.
+    with Directory(home.open_directory()) as opened:
+        btrfs.ensure_qgroup(opened.fd, qgroup)
+        btrfs.set_limit(opened.fd, qgroup, size_bytes)
+        btrfs.ensure_member(opened.fd, number, qgroup)
+        btrfs.commit(opened.fd)
