@@ -80,6 +80,12 @@ def _make(target: Path, *, directory: bool) -> bool:
         raise FailedPrecondition(
             f"target_path {os.fspath(target)!r}: its parent directory does not exist: the caller makes it"
         ) from error
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise FailedPrecondition(
+            f"target_path {os.fspath(target)!r}: is on a read-only filesystem"
+        ) from error
     return True
 
 
