@@ -249,7 +249,9 @@ class Controller:
             asked = capabilities or (Capability(AccessType.MOUNT, AccessMode.SINGLE_NODE_WRITER),)
             return pool.capacity(access_type_of(asked), parse_parameters(pool, parameters, asked))
         except InvalidArgument:
-            return None
+            # Room is not what is wrong with such a class. With none, the scheduler would hold its pods back for want of
+            # storage; so they come as far as CreateVolume, whose refusal their user reads in the claim's events.
+            return pool.capacity()
 
     def _check_topology(self, topology: TopologyRequirement) -> None:
         places = topology.requisite or topology.preferred

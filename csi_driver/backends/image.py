@@ -99,7 +99,8 @@ class ImageBackend:
         parsed = parse_parameters(parameters, fs_type, further=(MKFS_OPTIONS, PROVISIONING), thin=thin)
         options = parameters.get(MKFS_OPTIONS, "")
         if access_type is AccessType.BLOCK:
-            return _checked_block(parsed, options)
+            # A class serves claims of both kinds: what it says of filesystems is not said to a block volume.
+            return replace(parsed, fs_type="", mkfs_options=())
         chosen = parsed.fs_type or self._options.fs_type
         if chosen not in FILESYSTEMS:
             raise invalid("fsType", chosen, f"volumes can be formatted with {', '.join(FILESYSTEMS)}")
@@ -258,13 +259,6 @@ class ImageBackend:
         if found is not None:
             self._loops[volume_id, readonly] = found.number
         return found
-
-
-def _checked_block(parsed: Parameters, mkfs_options: str) -> Parameters:
-    for field, value in (("fsType", parsed.fs_type), (f"parameters.{MKFS_OPTIONS}", mkfs_options)):
-        if value:
-            raise invalid(field, value, "a block volume is not formatted; leave it out")
-    return parsed
 
 
 def _extend(fd: int, start: int, end: int, *, thin: bool, name: str) -> None:

@@ -37,10 +37,10 @@ def namespace(cluster: None) -> Iterator[Namespace]:
     kubectl("create", "namespace", one.name)
     before = traces.of_all_nodes()
     yield one
-    kubectl("delete", "namespace", one.name, "--wait", "--timeout=90s")
+    one.clear()
     wait_until(
         lambda: traces.of_all_nodes() <= before,
         "volumes, loop devices and mounts of the test to be gone",
-        timeout_s=30,
+        timeout_s=60,
         tell=lambda: "\n".join(sorted(traces.of_all_nodes() - before)),
     )

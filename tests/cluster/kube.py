@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.harness import node
 from tests.cluster.harness.images import BUSYBOX_IMAGE
+from tests.cluster.harness.layout import Node
 from tests.cluster.harness.processes import environment
 
 Manifest = dict[str, Any]
@@ -76,6 +78,12 @@ class Namespace:
     def delete(self, kind: str, name: str) -> None:
         self.kubectl("delete", kind, name, "--wait", "--timeout=90s")
 
+    def clear(self) -> None:
+        """Delete all that is in it, and wait for it; the empty namespace goes in its own time, which is long."""
+        kinds = "deployments,statefulsets,daemonsets,jobs,pods,persistentvolumeclaims"
+        self.kubectl("delete", kinds, "--all", "--wait", "--timeout=90s")
+        kubectl("delete", "namespace", self.name, "--wait=false")
+
     def shell(self, pod: str, script: str, container: str | None = None) -> str:
         """Run a script in the pod; raises with its words if it fails."""
         where = [pod] if container is None else [pod, f"--container={container}"]
@@ -117,6 +125,17 @@ class Namespace:
 
     def node_of(self, pod: str) -> str:
         return str(self.get("pod", pod)["spec"]["nodeName"])
+
+    def find_on_node(self, pod: str, path: str) -> list[str]:
+        """Where `path` is in a volume staged on the pod's node: what the pod itself may not see."""
+        one = Node(int(self.node_of(pod).removeprefix("node")))
+        places = node.execute(
+            one, "sh", "-c", f"ls -d /var/lib/kubelet/plugins/kubernetes.io/csi/{DRIVER}/*/globalmount"
+        )
+        found = (f"{place}/{path}" for place in places.split())
+        return [
+            file for file in found if node.execute(one, "sh", "-c", f"[ -e '{file}' ] && echo yes || true")
+        ]
 
     def volume_of(self, claim: str) -> Manifest:
         """The PersistentVolume that the claim is bound to."""

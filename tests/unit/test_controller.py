@@ -226,11 +226,16 @@ def test_capacity_is_for_this_node_only(rig: Rig) -> None:
     assert rig.controller.capacity((), {}, ELSEWHERE) == NOTHING
 
 
-@pytest.mark.parametrize(
-    "parameters", [{"pool": "none"}, {"type": "none"}, {"regionId": "r"}, {"colour": "red"}, {"mode": "x"}]
-)
-def test_capacity_for_what_cannot_be_made_is_nothing(rig: Rig, parameters: dict[str, str]) -> None:
+@pytest.mark.parametrize("parameters", [{"pool": "none"}, {"type": "none"}, {"regionId": "r"}])
+def test_capacity_for_what_cannot_be_made_here_is_nothing(rig: Rig, parameters: dict[str, str]) -> None:
     assert rig.controller.capacity((), parameters, None) == NOTHING
+
+
+@pytest.mark.parametrize("parameters", [{"colour": "red"}, {"mode": "x"}])
+def test_a_wrong_parameter_is_told_by_create_volume_not_by_a_want_of_room(
+    rig: Rig, parameters: dict[str, str]
+) -> None:
+    assert rig.controller.capacity((), parameters, None).available_bytes == GIB
 
 
 def test_capacity_for_block_where_there_is_none_is_nothing(rig: Rig) -> None:

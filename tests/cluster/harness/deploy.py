@@ -33,4 +33,18 @@ def install(*values: str) -> None:
 
 def wait() -> None:
     for workload in ("daemonset/orlop-node", "deployment/orlop-resizer"):
-        run("kubectl", "--namespace", NAMESPACE, "rollout", "status", workload, "--timeout=120s")
+        try:
+            run("kubectl", "--namespace", NAMESPACE, "rollout", "status", workload, "--timeout=60s")
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{logs()}") from error
+
+
+def logs(lines: int = 20) -> str:
+    """What the driver and its sidecars said last, on every node."""
+    choice = [
+        "--selector=app.kubernetes.io/instance=orlop",
+        "--all-containers",
+        "--prefix",
+        f"--tail={lines}",
+    ]
+    return run("kubectl", "--namespace", NAMESPACE, "logs", *choice, check=False)
