@@ -7,6 +7,7 @@ business of whoever logs.
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Literal, TextIO
 Format = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:@,+%")
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@,+%~-]+")
 
 
 def set_up(level: str, form: Format, stream: TextIO | None = None) -> logging.Handler:
@@ -72,7 +73,7 @@ def _word(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
-    if text and _PLAIN.issuperset(text):
+    if _PLAIN.fullmatch(text):
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
