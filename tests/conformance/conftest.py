@@ -4,105 +4,19 @@
 A new backend is one entry in `tests.rig.KINDS`.
 """
 
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from csi_driver.model import AccessMode
-from tests.conftest import require_root, require_tool
-from tests.rig import KINDS, Kind, Rig, capability, configure, mounted, open_rig, published, staged
-
-
-@dataclass
-class Scene:
-    """One backend's pool directory, and the drivers that a test opens over it."""
-
-    kind: Kind
-    place: Path
-    """For mount points and other things beside the pool."""
-    root: Path
-    """The pool's."""
-    filesystem: Path | None
-    """What the pool lies on, if it is one of its own."""
-    current: ExitStack = field(default_factory=ExitStack)
-
-    def open(self, extra: str = 'reserved = "0%"\n') -> Rig:
-        """A driver; the one before it is closed first, as by a restart."""
-        self.current.close()
-        return self.current.enter_context(open_rig(configure(self.kind, self.root, extra=extra)))
-
-    def use(self, change: Kind, extra: str = 'reserved = "0%"\n') -> Rig:
-        """A driver configured otherwise."""
-        self.kind = change
-        return self.open(extra)
-
-
-def mounts_beneath(base: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [target for line in lines if Path(target := line.split()[4]).is_relative_to(base)]
-
-
-def loops_beneath(base: Path) -> list[str]:
-    found = []
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            backing = path.read_text().strip()
-        except OSError:
-            continue  # detached meanwhile, by another user of the machine
-        if Path(backing).is_relative_to(base):
-            found.append(f"/dev/{path.parent.parent.name} {backing}")
-    return found
-
-
-def descriptors() -> set[str]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
-        except OSError:
-            continue  # that of the listing itself
-    return found
+from tests.rig import KINDS, Kind
+from tests.scene import Scene, clean_place, set_up
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """An empty directory on a disk; nothing may be mounted in it, or attached from it, at the end."""
-    path = Path(
-        tempfile.mkdtemp(prefix="orlop-conformance-", dir=os.environ.get("ORLOP_TEST_DIR", "/var/tmp"))
-    )
-    before = descriptors()
-    yield path
-    left = [*mounts_beneath(path), *loops_beneath(path)]
-    # Those of the place alone: pytest's own come and go.
-    left += sorted(one for one in descriptors() - before if os.fspath(path) in one)
-    for target in reversed(mounts_beneath(path)):
-        subprocess.run(["umount", "--lazy", target], check=False)
-    for device in loops_beneath(path):
-        subprocess.run(["losetup", "--detach", device.split()[0]], check=False)
-    shutil.rmtree(path)
-    assert not left, "left behind: " + ", ".join(left)
-
-
-@contextmanager
-def set_up(kind: Kind, place: Path, size_bytes: int = 1 << 30) -> Iterator[Scene]:
-    if not kind.needs_root:
-        scene = Scene(kind, place, place / "pool", None)
-        with scene.current:
-            yield scene
-        return
-    require_root()
-    require_tool(f"mkfs.{kind.filesystem}", "mount", "umount", "losetup", *kind.tools)
-    with mounted(kind.filesystem, place, size_bytes) as filesystem:
-        scene = Scene(kind, place, filesystem / "pool", filesystem)
-        with scene.current:
-            yield scene
+    with clean_place() as path:
+        yield path
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
@@ -128,36 +42,3 @@ def scene(kind: Kind, place: Path) -> Iterator[Scene]:
 def real_scene(real_kind: Kind, place: Path) -> Iterator[Scene]:
     with set_up(real_kind, place) as scene:
         yield scene
-
-
-@contextmanager
-def in_pod(scene: Scene, rig: Rig, volume_id: str, name: str = "pod") -> Iterator[Path]:
-    """The volume as a pod sees it: staged and published, and all of that undone."""
-    staging, target = scene.place / f"{name}-staging", scene.place / f"{name}-target"
-    staging.mkdir(exist_ok=True)
-    wanted = capability(AccessMode.SINGLE_NODE_WRITER)
-    rig.node.stage(staged(volume_id, staging, wanted))
-    try:
-        rig.node.publish(published(volume_id, target, staging, wanted))
-        try:
-            yield target
-        finally:
-            rig.node.unpublish(volume_id, str(target))
-    finally:
-        rig.node.unstage(volume_id, str(staging))
-
-
-def fill(path: Path, limit_bytes: int, *, chunk: int = 1 << 20) -> tuple[int, OSError | None]:
-    """Write until it is refused, or `limit_bytes` are written; how much was, and the refusal."""
-    done = 0
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        while done < limit_bytes:
-            # Not zeros: a filesystem may compress.
-            done += os.write(fd, os.urandom(min(chunk, limit_bytes - done)))
-            os.fdatasync(fd)
-    except OSError as error:
-        return done, error
-    finally:
-        os.close(fd)
-    return done, None

@@ -11,8 +11,8 @@ from csi_driver.catalog import SCHEMA, Home
 from csi_driver.errors import InvalidArgument
 from csi_driver.model import MIB, AccessMode, AccessType, Parameters, Record, VolumeSpec
 from csi_driver.provision import parse_parameters
-from tests.conformance.conftest import Scene, in_pod
 from tests.rig import Rig, capability, volume
+from tests.scene import Scene, in_pod
 
 
 def record_of(rig: Rig, name: str, size_bytes: int, parameters: Parameters) -> Record:

@@ -13,8 +13,8 @@ from csi_driver.backends.btrfs import LEVEL
 from csi_driver.errors import ConfigurationError
 from csi_driver.linux import btrfs
 from csi_driver.model import MIB, CapacityRange
-from tests.conformance.conftest import Scene, fill, in_pod, set_up
 from tests.rig import FULL_QGROUPS, KINDS, Rig, volume
+from tests.scene import Scene, fill, in_pod, set_up
 
 BTRFS = next(kind for kind in KINDS if kind.name == "btrfs")
 AS_CONFIGURED = replace(BTRFS, options="")

@@ -17,8 +17,8 @@ from csi_driver.errors import (
     ResourceExhausted,
 )
 from csi_driver.model import MIB, AccessType, CapacityRange, VolumeId, VolumeSpec, name_hash
-from tests.conformance.conftest import Scene, in_pod
 from tests.rig import Rig, volume
+from tests.scene import Scene, in_pod
 
 
 def entries(rig: Rig, area: str) -> list[str]:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver.model import CapacityRange
-from tests.conformance.conftest import Scene
 from tests.rig import Rig, configure, open_rig, unmount, volume
+from tests.scene import Scene
 
 
 def image_as_it_is(scene: Scene) -> Path:

@@ -10,8 +10,8 @@ import pytest
 
 from csi_driver.errors import ResourceExhausted
 from csi_driver.model import MIB, CapacityRange
-from tests.conformance.conftest import Scene, fill, in_pod
 from tests.rig import THIN, Rig, volume
+from tests.scene import Scene, fill, in_pod
 
 
 def offered(rig: Rig) -> int:
