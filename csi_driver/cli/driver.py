@@ -14,7 +14,7 @@ from csi_driver.cli.scratch import Scratch
 from csi_driver.linux.child import Child
 from csi_driver.rpc.pb.csi_pb2 import ProbeRequest
 
-START_TIMEOUT_S = 15.0
+START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 
 
