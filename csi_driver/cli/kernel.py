@@ -10,7 +10,7 @@ from csi_driver.linux import loop, mount
 from csi_driver.linux.loop import Loop
 from csi_driver.linux.mount import Mount
 
-CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24
+CAP_SYS_ADMIN = 21
 
 _SYS_BLOCK = Path("/sys/block")
 _HASH = re.compile(r"(-[0-9a-f]{8}-[0-9a-f]{4})[0-9a-f]{28}")

@@ -16,7 +16,7 @@ from csi_driver.cli.driver import Driver
 from csi_driver.cli.plan import GROWTH_BYTES, Plan
 from csi_driver.cli.scratch import Scratch, settle
 from csi_driver.cli.steps import Call, Report, Step
-from csi_driver.linux import mount
+from csi_driver.linux import mount, privileges
 from csi_driver.model import MIB
 
 TOLERANCE_BYTES = 8 * MIB
@@ -191,7 +191,7 @@ class Walk:
             step.check("the data is still there", self._is_intact(self._volume))
 
     def _grows_online(self) -> bool:
-        able = kernel.has_capability(self._driver.pid, kernel.CAP_SYS_RESOURCE)
+        able = kernel.has_capability(self._driver.pid, privileges.CAP_SYS_RESOURCE)
         return able or self._plan.fs_type != "ext4"
 
     def _grow_online(self, step: Step) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from csi_driver.cli import kernel
 from csi_driver.cli.doctor.finding import Finding, error, ok, warning
-from csi_driver.linux import features, loop
+from csi_driver.linux import features, loop, privileges
 from csi_driver.linux.child import Child
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.linux.run import PACKAGES
@@ -117,7 +117,7 @@ def _look_at_rights() -> Iterator[Finding]:
             "nothing can be mounted",
             "run as root; in a container, privileged",
         )
-    if not kernel.has_capability(os.getpid(), kernel.CAP_SYS_RESOURCE):
+    if not kernel.has_capability(os.getpid(), privileges.CAP_SYS_RESOURCE):
         yield warning(
             KERNEL,
             "this process lacks CAP_SYS_RESOURCE",
