@@ -218,12 +218,25 @@ def attach(
     try:
         control_fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
         try:
-            flags = (LO_FLAGS_READ_ONLY if readonly else 0) | (LO_FLAGS_DIRECT_IO if direct_io else 0)
+            flags = LO_FLAGS_READ_ONLY if readonly else 0
+            if direct_io and _can_direct_io(backing_fd):
+                flags |= LO_FLAGS_DIRECT_IO
             return _attach_free(control_fd, backing_fd, flags, sector_size, discard)
         finally:
             os.close(control_fd)
     finally:
         os.close(backing_fd)
+
+
+def _can_direct_io(fd: int) -> bool:
+    # Some kernels (6.1) believe an overlay that promises what the filesystem below it cannot; then all I/O fails.
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop:

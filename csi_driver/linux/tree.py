@@ -5,6 +5,7 @@ Never through a symlink, never into another mount, and not at all while anything
 tree may go is the caller's decision.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -140,7 +141,8 @@ def _leave(fd: int, name: str, upper: tuple[int, int]) -> int:
 def _empty(fd: int) -> list[str]:
     """Unlink all that is not a directory; return the names of (some of) the directories."""
     below: list[str] = []
-    with os.scandir(fd) as entries:
+    # FileNotFoundError: another has removed this very directory meanwhile.
+    with contextlib.suppress(FileNotFoundError), os.scandir(fd) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
                 _unlink(fd, entry.name)
@@ -160,14 +162,13 @@ def _unlink(dir_fd: int, name: str) -> None:
 
 def _remove_directory(dir_fd: int, name: str) -> bool:
     """Remove an empty directory or a subvolume without nested ones; False if it must be emptied first."""
-    try:
-        _permitted(dir_fd, name, is_directory=True)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return btrfs.delete_if_subvolume(dir_fd, name)
+    with contextlib.suppress(FileNotFoundError):  # Removed by another, at whatever step.
+        try:
+            _permitted(dir_fd, name, is_directory=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return btrfs.delete_if_subvolume(dir_fd, name)
     return True
 
 

@@ -192,12 +192,12 @@ def btrfs_pool(make_pool: MakePool) -> Path:
 
 
 @pytest.fixture
-def scratch(workshop: Path, request: pytest.FixtureRequest) -> Path:
+def scratch(workshop: Path, make_pool: MakePool) -> Path:
     """An empty directory on a real ext4: the machine's own where it has that, else a loop-mounted one."""
     said = subprocess.run(["stat", "-f", "-c", "%T", workshop], check=True, capture_output=True, text=True)
     place = workshop
     if said.stdout.strip() != "ext2/ext3":
-        place = request.getfixturevalue("ext4_pool")
+        place = make_pool("ext4", 8192 * MIB)
     path = place / "scratch"
     path.mkdir()
     return path
