@@ -7,7 +7,7 @@ Every wait has an end, and its failure shows the objects' events. Not its busine
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -
     return done.stdout
 
 
+def apply(*manifests: Manifest) -> None:
+    """Apply objects that belong to no namespace."""
+    kubectl("apply", "--filename=-", stdin=_bundle(manifests))
+
+
 def wait_until(
     is_so: Callable[[], bool], what: str, timeout_s: float = 60, tell: Callable[[], str] = str
 ) -> None:
@@ -59,8 +64,7 @@ class Namespace:
         self.name = name
 
     def apply(self, *manifests: Manifest) -> None:
-        bundle = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
-        self.kubectl("apply", "--filename=-", stdin=json.dumps(bundle))
+        self.kubectl("apply", "--filename=-", stdin=_bundle(manifests))
 
     def apply_example(self, name: str) -> None:
         self.kubectl("apply", f"--filename={EXAMPLES / name}")
@@ -72,16 +76,22 @@ class Namespace:
         found: Manifest = json.loads(self.kubectl("get", kind, name, "--output=json"))
         return found
 
+    def select(self, kind: str, selector: str = "") -> list[Manifest]:
+        found: list[Manifest] = json.loads(
+            self.kubectl("get", kind, f"--selector={selector}", "--output=json")
+        )["items"]
+        return found
+
     def exists(self, kind: str, name: str) -> bool:
         return self.kubectl("get", kind, name, "--ignore-not-found", "--output=name") != ""
 
     def delete(self, kind: str, name: str) -> None:
-        self.kubectl("delete", kind, name, "--wait", "--timeout=90s")
+        self.kubectl("delete", kind, name, "--grace-period=1", "--wait", "--timeout=90s")
 
     def clear(self) -> None:
         """Delete all that is in it, and wait for it; the empty namespace goes in its own time, which is long."""
         kinds = "deployments,statefulsets,daemonsets,jobs,pods,persistentvolumeclaims"
-        self.kubectl("delete", kinds, "--all", "--wait", "--timeout=90s")
+        self.kubectl("delete", kinds, "--all", "--grace-period=1", "--wait", "--timeout=90s")
         kubectl("delete", "namespace", self.name, "--wait=false")
 
     def shell(self, pod: str, script: str, container: str | None = None) -> str:
@@ -193,6 +203,10 @@ def storage_class(
         reclaimPolicy="Delete",
         allowVolumeExpansion=True,
     )
+
+
+def _bundle(manifests: Sequence[Manifest]) -> str:
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
 
 
 def _object(version: str, kind: str, name: str, **rest: object) -> Manifest:

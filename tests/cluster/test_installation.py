@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An administrator upgrades the driver, takes it out, puts it back, and asks it how each node is."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import kube, traces
+from tests.cluster.harness import deploy
+from tests.cluster.harness.processes import run
+from tests.cluster.kube import Namespace, claim, pod
+
+WRITING = "while :; do date +%s >> /data/log || exit 1; sync; sleep 0.1; done"
+
+
+@pytest.fixture(autouse=True)
+def installed(cluster: None) -> Iterator[None]:
+    """Whatever a test does to the driver, the next one finds it in place."""
+    yield
+    deploy.install()
+    deploy.wait()
+
+
+def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) -> None:
+    namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING))
+    namespace.wait_until_running("writer")
+
+    deploy.install("image.tag=next", "node.updateStrategy.rollingUpdate.maxUnavailable=1")
+    deploy.wait()
+
+    lines = int(namespace.shell("writer", "wc -l < /data/log"))
+    kube.wait_until(
+        lambda: int(namespace.shell("writer", "wc -l < /data/log")) > lines, "the pod to write on"
+    )
+    assert namespace.get("pod", "writer")["status"]["containerStatuses"][0]["restartCount"] == 0
+    namespace.apply(claim("later"), pod("later", {"/data": "later"}))
+    namespace.wait_until_running("later")
+
+
+def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(namespace: Namespace) -> None:
+    namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING))
+    namespace.wait_until_running("writer")
+    homes = traces.of_all_nodes()
+
+    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=90s")
+    lines = int(namespace.shell("writer", "wc -l < /data/log"))
+    kube.wait_until(
+        lambda: int(namespace.shell("writer", "wc -l < /data/log")) > lines, "the pod to write on"
+    )
+    assert homes <= traces.of_all_nodes()
+
+    deploy.install()
+    deploy.wait()
+    namespace.delete("pod", "writer")
+    namespace.apply(pod("reader", {"/data": "data"}))
+    namespace.wait_until_running("reader", timeout_s=120)
+    assert int(namespace.shell("reader", "wc -l < /data/log")) > lines
+
+
+def test_helm_test_asks_every_nodes_doctor(cluster: None) -> None:
+    deploy.install()
+    deploy.wait()
+
+    said = run("helm", "test", "orlop", "--namespace", deploy.NAMESPACE, "--timeout=90s", "--logs")
+
+    assert said.count("Phase:          Succeeded") == 2

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Things die: the driver, kubelet, containerd, a whole node. Pods and volumes survive or come back."""
+
+import subprocess
+import time
+
+import pytest
+
+from tests.cluster import kube
+from tests.cluster.harness import cluster, layout, node
+from tests.cluster.harness.layout import Node
+from tests.cluster.kube import Namespace, claim, pod
+
+WRITING = "while :; do date +%s >> /data/log || exit 1; sleep 0.2; done"
+
+
+def driver_pod(on: str) -> str:
+    choice = ["--selector=app.kubernetes.io/component=node", f"--field-selector=spec.nodeName={on}"]
+    return kube.kubectl("--namespace=orlop", "get", "pods", *choice, "--output=name").strip()
+
+
+def wait_for_driver() -> None:
+    kube.kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=120s")
+
+
+def writing_pod(namespace: Namespace, on: str) -> None:
+    selector = {"kubernetes.io/hostname": on}
+    namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING, nodeSelector=selector))
+    namespace.wait_until_running("writer")
+
+
+def writes_on(namespace: Namespace) -> None:
+    """The pod of before still runs, was never restarted, and its log grows."""
+    lines = namespace.shell("writer", "wc -l < /data/log")
+    kube.wait_until(
+        lambda: int(namespace.shell("writer", "wc -l < /data/log")) > int(lines), "the pod to write on"
+    )
+    assert namespace.get("pod", "writer")["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def test_a_daemon_set_gets_a_volume_on_each_node(namespace: Namespace) -> None:
+    namespace.apply_example("daemonset.yaml")
+    namespace.kubectl("rollout", "status", "daemonset/cache", "--timeout=90s")
+
+    pods = namespace.select("pods", "app=cache")
+
+    nodes = {one["spec"]["nodeName"] for one in pods}
+    assert nodes == {one.name for one in layout.existing_nodes()}
+    for one in pods:
+        volume = namespace.volume_of(f"{one['metadata']['name']}-cache")
+        assert one["spec"]["nodeName"] in str(volume["spec"]["nodeAffinity"])
+
+
+def test_a_deleted_driver_pod_is_not_noticed_by_a_pod(namespace: Namespace) -> None:
+    writing_pod(namespace, "node2")
+
+    kube.kubectl("--namespace=orlop", "delete", driver_pod("node2"), "--wait")
+    wait_for_driver()
+
+    writes_on(namespace)
+    namespace.delete("pod", "writer")
+
+
+@pytest.mark.parametrize("program", ["kubelet", "containerd"])
+def test_a_restarted_node_agent_is_not_noticed_by_a_pod(namespace: Namespace, program: str) -> None:
+    writing_pod(namespace, "node2")
+
+    node.execute(Node(2), "killall", "--signal", "KILL", program)
+    time.sleep(5)
+
+    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=60s")
+    kube.wait_until(lambda: answers(namespace), "exec to work again")
+    writes_on(namespace)
+    namespace.apply(
+        claim("later"), pod("later", {"/data": "later"}, nodeSelector={"kubernetes.io/hostname": "node2"})
+    )
+    namespace.wait_until_running("later", timeout_s=120)
+
+
+def answers(namespace: Namespace) -> bool:
+    try:
+        return namespace.shell("writer", "echo yes") == "yes"
+    except kube.KubectlFailed:
+        return False
+
+
+def test_a_drained_nodes_volume_waits_for_it(namespace: Namespace) -> None:
+    namespace.apply_example("statefulset.yaml")
+    namespace.kubectl("scale", "statefulset/db", "--replicas=1")
+    namespace.wait_until_running("db-0")
+    home = namespace.node_of("db-0")
+
+    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s")
+    try:
+        namespace.wait_for_event("db-0", "0/2 nodes are available")
+    finally:
+        kube.kubectl("uncordon", home)
+
+    namespace.wait_until_running("db-0", timeout_s=120)
+    assert namespace.node_of("db-0") == home
+    assert namespace.shell("db-0", "cat /data/name") == "db-0"
+
+
+def test_after_a_power_cut_the_pod_comes_back_with_its_data(namespace: Namespace) -> None:
+    writing_pod(namespace, "node2")
+    namespace.shell("writer", "echo precious > /data/file && sync")
+
+    cluster.power_cut(Node(2))
+
+    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=120s")
+    wait_for_driver()
+    kube.wait_until(lambda: answers(namespace), "the pod to run again", timeout_s=180, tell=namespace.story)
+    assert namespace.shell("writer", "cat /data/file") == "precious"
+
+
+def test_a_driver_killed_again_and_again_under_a_burst_loses_and_leaks_nothing(namespace: Namespace) -> None:
+    """SIGKILL, twenty times, while forty claims are made: each is bound to one volume, and no home is an orphan."""
+    names = [f"claim-{number}" for number in range(40)]
+    kube.apply(kube.storage_class("csi-disk-immediate", {"type": "cloud_ssd"}, binding="Immediate"))
+    namespace.apply(*(claim(name, "64Mi", "csi-disk-immediate") for name in names))
+
+    for round_number in range(20):
+        kill_driver(layout.existing_nodes()[round_number % len(layout.existing_nodes())])
+        time.sleep(1)
+
+    def all_bound() -> bool:
+        claims = namespace.select("persistentvolumeclaims")
+        return len(claims) == len(names) and all(one["status"]["phase"] == "Bound" for one in claims)
+
+    kube.wait_until(all_bound, "every claim to be bound", timeout_s=420, tell=namespace.story)
+    assert homes() == handles()
+
+
+def kill_driver(one: Node) -> None:
+    """SIGKILL to the driver's process, wherever it is in its work."""
+    subprocess.run(
+        [*node.enter(one), "pkill", "-KILL", "-f", "orlop serve"], check=False, capture_output=True
+    )
+
+
+def homes() -> set[str]:
+    listed = (node.execute(one, "ls", "/var/lib/orlop/fast/volumes") for one in layout.existing_nodes())
+    return {name for text in listed for name in text.split()}
+
+
+def handles() -> set[str]:
+    path = "--output=jsonpath={.items[*].spec.csi.volumeHandle}"
+    return set(kube.kubectl("get", "persistentvolumes", path).split())
