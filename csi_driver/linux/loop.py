@@ -41,6 +41,8 @@ _SYS_BLOCK: Final = "/sys/block"
 _PARTITIONS: Final = "/proc/partitions"
 # Of threads that are given the same free number all but one are refused and ask again.
 _ATTEMPTS: Final = 500
+# What a device answers that another has taken, or is just being made or removed.
+_TAKEN: Final = frozenset((errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT))
 _CLEAR_TIMEOUT_S: Final = 1.0
 
 
@@ -240,38 +242,42 @@ def _can_direct_io(fd: int) -> bool:
 
 
 def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop:
-    useless: list[int] = []
     for attempt in range(_ATTEMPTS):
         number = ioctl(control_fd, LOOP_CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")
         try:
-            fd = _open(number, os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR)
+            found = _attach_to(number, backing_fd, flags, sector_size, discard)
+            if found is not None:
+                return found
         except OSError as error:
-            if error.errno not in (errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ENOENT):
+            if error.errno not in _TAKEN:
                 raise
         else:
-            try:
-                _configure(fd, backing_fd, flags, sector_size)
-                _clear_readonly(fd, flags)
-                info = _status(fd)
-                if info is not None:
-                    with contextlib.ExitStack() as undo:
-                        undo.callback(ioctl, fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
-                        if _settle_discard(number, flags, discard):
-                            undo.pop_all()
-                            return _loop(fd, number, info)
-                    useless.append(number)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-            finally:
-                os.close(fd)
-        while useless:
             # EBUSY: somebody else has taken it, whom it may serve.
             with contextlib.suppress(OSError):
-                ioctl(control_fd, LOOP_CTL_REMOVE, useless.pop(), "LOOP_CTL_REMOVE")
+                ioctl(control_fd, LOOP_CTL_REMOVE, number, "LOOP_CTL_REMOVE")
         if attempt > 3:
             time.sleep(random.uniform(0, 0.002))
     raise OSError(errno.EBUSY, f"no free loop device in {_ATTEMPTS} attempts", _CONTROL)
+
+
+def _attach_to(number: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop | None:
+    """Attach to this device, or leave it as it was; None if it can never again be what is asked."""
+    fd = _open(number, os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR)
+    try:
+        _configure(fd, backing_fd, flags, sector_size)
+        with contextlib.ExitStack() as undo:
+            undo.callback(ioctl, fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
+            _clear_readonly(fd, flags)
+            if not _settle_discard(number, flags, discard):
+                return None
+            info = _status(fd)
+            if info is None:
+                raise OSError(errno.EBUSY, "detached by another meanwhile", f"/dev/loop{number}")
+            attached = _loop(fd, number, info)
+            undo.pop_all()
+            return attached
+    finally:
+        os.close(fd)
 
 
 def _settle_discard(number: int, flags: int, discard: bool) -> bool:
