@@ -15,6 +15,9 @@ from tests.conftest import require_root, require_tool
 from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged
 
 
+FILESYSTEM_IMAGE = "filesystem.img"
+
+
 @dataclass
 class Scene:
     """One backend's pool directory, and the drivers that a test opens over it."""
@@ -51,7 +54,8 @@ def loops_beneath(base: Path) -> list[str]:
             backing = path.read_text().strip()
         except OSError:
             continue  # detached meanwhile, by another user of the machine
-        if Path(backing).is_relative_to(base):
+        # Not the scene's own filesystem: a mount namespace that somebody made meanwhile may keep it for a while.
+        if Path(backing).is_relative_to(base) and not Path(backing).name.startswith(FILESYSTEM_IMAGE):
             found.append(f"/dev/{path.parent.parent.name} {backing}")
     return found
 

@@ -5,6 +5,7 @@ Every path here is resolved beneath a descriptor, through no symlink. Which file
 business. Removing whole trees is in `tree` (re-exported here), for it needs to know of mounts.
 """
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -111,8 +112,10 @@ def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int, dur
         return open_beneath(dir_fd, name, _DIRECTORY)
     except FileNotFoundError:
         pass
-    temporary = f".{secrets.token_hex(8)}.new"
-    os.mkdir(temporary, 0o700, dir_fd=dir_fd)
+    temporary = unfinished(name)
+    # One that a crash has left, or that another is making alike at this moment, is gone on with.
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(temporary, 0o700, dir_fd=dir_fd)
     try:
         made = open_beneath(dir_fd, temporary, _DIRECTORY)
         try:
@@ -123,15 +126,25 @@ def _ensure_component(dir_fd: int, name: str, mode: int, uid: int, gid: int, dur
         finally:
             os.close(made)
         rename(dir_fd, temporary, dir_fd, name)
-    except FileExistsError:
-        os.rmdir(temporary, dir_fd=dir_fd)
+    except (FileExistsError, FileNotFoundError):
+        _try_rmdir(dir_fd, temporary)  # Another was faster.
     except BaseException:
-        os.rmdir(temporary, dir_fd=dir_fd)
+        _try_rmdir(dir_fd, temporary)
         raise
     else:
         if durable:
             os.fsync(dir_fd)
     return open_beneath(dir_fd, name, _DIRECTORY)
+
+
+def _try_rmdir(dir_fd: int, name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=dir_fd)
+
+
+def unfinished(name: str) -> str:
+    """What `name` is called while it is being made: always the same, so that the next try takes a crash's remains over."""
+    return f".{os.fsdecode(os.fsencode(name)[:200])}.new"
 
 
 def write_new(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
@@ -148,10 +161,11 @@ def write_new(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
 def write_atomic(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
     """Make `name` hold exactly `data`, all or nothing, and its content synced.
 
-    The rename itself is durable once the caller syncs the directory. A crash may leave `.<random>.tmp`.
+    One writer at a time. The rename itself is durable once the caller syncs the directory. A crash may leave
+    `unfinished(name)`, which the next try overwrites.
     """
-    temporary = f".{secrets.token_hex(8)}.tmp"
-    fd = open_beneath(dir_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    temporary = unfinished(name)
+    fd = open_beneath(dir_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             os.fchmod(fd, mode)
