@@ -137,12 +137,12 @@ class Namespace:
         return str(self.get("pod", pod)["spec"]["nodeName"])
 
     def find_on_node(self, pod: str, path: str) -> list[str]:
-        """Where `path` is in a volume staged on the pod's node: what the pod itself may not see."""
+        """Where `path` is in a volume (its directory `data`) staged on the pod's node: what the pod itself may not see."""
         one = Node(int(self.node_of(pod).removeprefix("node")))
         places = node.execute(
             one, "sh", "-c", f"ls -d /var/lib/kubelet/plugins/kubernetes.io/csi/{DRIVER}/*/globalmount"
         )
-        found = (f"{place}/{path}" for place in places.split())
+        found = (f"{place}/data/{path}" for place in places.split())
         return [
             file for file in found if node.execute(one, "sh", "-c", f"[ -e '{file}' ] && echo yes || true")
         ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster import kube, traces
-from tests.cluster.harness import deploy
+from tests.cluster.harness import deploy, layout, node
 from tests.cluster.harness.processes import run
 from tests.cluster.kube import Namespace, claim, pod
 
@@ -25,6 +25,7 @@ def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) ->
     namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING))
     namespace.wait_until_running("writer")
 
+    load_under_another_name()
     deploy.install("image.tag=next", "node.updateStrategy.rollingUpdate.maxUnavailable=1")
     deploy.wait()
 
@@ -35,6 +36,12 @@ def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) ->
     assert namespace.get("pod", "writer")["status"]["containerStatuses"][0]["restartCount"] == 0
     namespace.apply(claim("later"), pod("later", {"/data": "later"}))
     namespace.wait_until_running("later")
+
+
+def load_under_another_name() -> None:
+    for one in layout.existing_nodes():
+        tag = ["ctr", "--namespace", "k8s.io", "images", "tag", "--force", deploy.IMAGE]
+        node.execute(one, *tag, deploy.IMAGE.replace(":test", ":next"))
 
 
 def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(namespace: Namespace) -> None:

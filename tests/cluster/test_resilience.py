@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Things die: the driver, kubelet, containerd, a whole node. Pods and volumes survive or come back."""
 
-import subprocess
 import time
 
 import pytest
@@ -65,7 +64,7 @@ def test_a_deleted_driver_pod_is_not_noticed_by_a_pod(namespace: Namespace) -> N
 def test_a_restarted_node_agent_is_not_noticed_by_a_pod(namespace: Namespace, program: str) -> None:
     writing_pod(namespace, "node2")
 
-    node.execute(Node(2), "killall", "--signal", "KILL", program)
+    assert node.kill(Node(2), f"^{program} ") == 1
     time.sleep(5)
 
     kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=60s")
@@ -120,7 +119,7 @@ def test_a_driver_killed_again_and_again_under_a_burst_loses_and_leaks_nothing(n
     namespace.apply(*(claim(name, "64Mi", "csi-disk-immediate") for name in names))
 
     for round_number in range(20):
-        kill_driver(layout.existing_nodes()[round_number % len(layout.existing_nodes())])
+        node.kill(layout.existing_nodes()[round_number % len(layout.existing_nodes())], "orlop serve")
         time.sleep(1)
 
     def all_bound() -> bool:
@@ -129,13 +128,6 @@ def test_a_driver_killed_again_and_again_under_a_burst_loses_and_leaks_nothing(n
 
     kube.wait_until(all_bound, "every claim to be bound", timeout_s=420, tell=namespace.story)
     assert homes() == handles()
-
-
-def kill_driver(one: Node) -> None:
-    """SIGKILL to the driver's process, wherever it is in its work."""
-    subprocess.run(
-        [*node.enter(one), "pkill", "-KILL", "-f", "orlop serve"], check=False, capture_output=True
-    )
 
 
 def homes() -> set[str]:

@@ -48,6 +48,17 @@ def enter(node: Node) -> list[str]:
     return ["nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--"]
 
 
+def kill(node: Node, command_line: str) -> int:
+    """SIGKILL to the node's processes whose command line matches; how many there were.
+
+    They are looked up in the node's own PID namespace, so that nothing else on the machine is ever meant.
+    """
+    pids = run(*enter(node), "pgrep", "--full", command_line, check=False).split()
+    for pid in pids:
+        run(*enter(node), "kill", "-KILL", pid, check=False)
+    return len(pids)
+
+
 def load_image(node: Node, archive: Path) -> None:
     execute(node, "ctr", "--namespace", "k8s.io", "images", "import", os.fspath(archive.resolve()))
 
