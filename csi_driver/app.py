@@ -25,6 +25,7 @@ from csi_driver.config import Config, PoolConfig
 from csi_driver.controller import Controller
 from csi_driver.errors import ConfigurationError
 from csi_driver.health import Health
+from csi_driver.linux import memory
 from csi_driver.locks import Locks
 from csi_driver.maintenance import Maintenance
 from csi_driver.model import DriverFeatures, NodeInfo
@@ -113,6 +114,8 @@ def build(config: Config) -> Driver:
 def serve(arguments: Sequence[str]) -> int:
     """`orlop serve`: run a driver until SIGTERM. Returns the exit code; 2 is a configuration that cannot be used."""
     options = parse_arguments(arguments, os.environ)
+    # Before there are threads. One heap for twenty threads that share one interpreter's lock saves 1 MB.
+    memory.share_arenas(1)
     logs.set_up(options.log_level, options.log_format)
     stopping = _stop_on_signals()
     try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -309,3 +310,87 @@ def test_without_an_endpoint_the_usage_is_shown() -> None:
 
     assert done.returncode == 2
     assert "--endpoint (or CSI_ENDPOINT) is missing" in done.stderr
+
+
+# Ending in the middle of a call
+
+STUCK = """
+import sys, threading
+from dataclasses import replace
+from pathlib import Path
+from csi_driver import app
+from csi_driver.config import load
+from csi_driver.rpc import logs
+from csi_driver.rpc.interceptor import Interceptor
+from csi_driver.rpc.pb import csi_pb2
+
+class Stuck:
+    def Probe(self, request, context):
+        Path(sys.argv[2]).touch()
+        threading.Event().wait()
+
+stopping = app._stop_on_signals()
+options = app.parse_arguments(sys.argv[3:], {})
+logs.set_up("info", "text")
+config = load(options.config)
+driver = app.build(config)
+services = csi_pb2.DESCRIPTOR.services_by_name
+stuck = replace(driver, handlers=Interceptor([(services["Identity"], Stuck())], driver.calls))
+sys.exit(app._run(stuck, replace(config, drain_timeout_s=float(sys.argv[1])), options, Path(options.endpoint), stopping))
+"""
+
+
+@contextmanager
+def stuck_in_a_call(base: Path, drain_timeout_s: float) -> Iterator["subprocess.Popen[str]"]:
+    """A driver in which a call will never end."""
+    entered, endpoint = base / "entered", base / "csi.sock"
+    arguments = [
+        str(drain_timeout_s),
+        str(entered),
+        "--config",
+        str(base / "config.toml"),
+        "--endpoint",
+        str(endpoint),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    client = None
+    try:
+        until_answered(process, endpoint)
+        client = Client(endpoint)
+        caller = threading.Thread(target=client.call, args=(pb.ProbeRequest(), 20))
+        caller.start()
+        while not entered.exists():
+            time.sleep(0.01)
+        yield process
+        caller.join(20)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+        if client is not None:
+            client.close()
+
+
+def test_a_call_that_does_not_end_is_left_to_the_next_start(base: Path) -> None:
+    with stuck_in_a_call(base, drain_timeout_s=0.5) as process:
+        code, log = stop(process)
+
+    assert code == 1
+    assert "calls did not end in time" in log
+    assert "methods=/csi.v1.Identity/Probe" in log
+    with driver_over((base / "config.toml").read_text()) as driver:
+        assert [pool.name for pool in driver.pools] == ["mem"]
+
+
+def test_the_second_signal_does_not_wait(base: Path) -> None:
+    with stuck_in_a_call(base, drain_timeout_s=60) as process:
+        process.send_signal(signal.SIGTERM)
+        while (base / "csi.sock").exists():
+            time.sleep(0.01)
+        begun = time.monotonic()
+        code, _ = stop(process)
+
+    assert code == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 10
