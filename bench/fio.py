@@ -77,7 +77,13 @@ def run_fio(job: Job, path: Path, size_bytes: int, seconds: float) -> float:
         f"--direct={int(job.direct)}",
         "--ioengine=libaio",
     ]
-    argv += [f"--runtime={seconds * 1000:.0f}ms", "--time_based", "--fallocate=none", "--randrepeat=0", "--norandommap"]
+    argv += [
+        f"--runtime={seconds * 1000:.0f}ms",
+        "--time_based",
+        "--fallocate=none",
+        "--randrepeat=0",
+        "--norandommap",
+    ]
     argv += ["--invalidate=1", "--output-format=json"]
     if job.writes and not job.direct:
         # A pass over the file and its fsync, however long that takes: a time would end before the disk has it.

@@ -10,10 +10,14 @@ import argparse
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+import grpc
 
 from bench.client import Client, Kind, Places
 from bench.driver import served
@@ -23,6 +27,7 @@ from bench.report import Report, Row, machine
 from bench.scratch import Scratch, scratch
 
 GIB = 1 << 30
+_ROOM_S = 60.0
 OUTPUT = Path(__file__).parents[1] / ".cache" / "bench" / "io.json"
 
 
@@ -83,7 +88,7 @@ class Pool:
     def volume(self, name: str) -> Iterator[Path]:
         """A fresh volume, published while the body runs."""
         client, places = self.client, Places.make(self.kubelet, name)
-        volume_id = client.create(self.kind, name)
+        volume_id = self._create(name)
         if client.stages:
             client.stage(self.kind, volume_id, places)
         client.publish(self.kind, volume_id, places)
@@ -95,19 +100,33 @@ class Pool:
                 client.unstage(volume_id, places)
             client.delete(volume_id)
 
+    def _create(self, name: str) -> str:
+        """The volume's id. The last volume's room comes back in the background."""
+        deadline = time.monotonic() + _ROOM_S
+        while True:
+            try:
+                return self.client.create(self.kind, name)
+            except grpc.RpcError as error:
+                exhausted = cast(grpc.Call, error).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                if not exhausted or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
 
 @contextmanager
 def pool(place: Scratch, variant: Variant, size_bytes: int) -> Iterator[Pool]:
     """A pool of this variant, on a filesystem of its own if it names one."""
     base = place.root / variant.name
     if variant.beneath:
-        base = place.filesystem(variant.name, variant.beneath, 5 * size_bytes, sparse=False)
+        base = place.filesystem(variant.name, variant.beneath, 8 * size_bytes, sparse=False)
     else:
         base.mkdir()
     (base / "bare").mkdir()
     table = f'backend = "{variant.backend}"\nroot = "{base / "pool"}"\nreserved = 0\n{variant.options}'
-    # Room for the file, and for the metadata of a filesystem around it.
-    kind = Kind("p", size_bytes * 5 // 4, fs_type=variant.fs_type, parameters=dict(variant.parameters))
+    # Room for the file, and for the metadata of a filesystem around it. On btrfs what is overwritten stays charged until
+    # nothing of its extent is left: random writes to one file take up to twice its size, and more for a while.
+    volume_bytes = size_bytes * 3 if variant.backend == "btrfs" else size_bytes * 5 // 4
+    kind = Kind("p", volume_bytes, fs_type=variant.fs_type, parameters=dict(variant.parameters))
     with served(place.root / f"driver-{variant.name}", {"p": table}) as driver:
         client = Client(driver.socket)
         yield Pool(client, kind, base / "bare", place.root / "kubelet")
