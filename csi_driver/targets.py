@@ -25,7 +25,8 @@ def ensure_bound(source_fd: int, target: Path, attributes: Attributes) -> None:
     source = os.fstat(source_fd)
     mounted = mount.find_mounted(target)
     if mounted is not None:
-        _check_same(mounted, source, target, attributes)
+        _check_same(mounted, source, target)
+        _check_attributes(mounted.attributes, mount.attributes_of(source_fd), attributes, target)
         return
     made = _make(target, directory=stat.S_ISDIR(source.st_mode))
     try:
@@ -46,7 +47,7 @@ def ensure_unbound(target: Path) -> None:
     _remove(target)
 
 
-def _check_same(mounted: Mounted, source: os.stat_result, target: Path, attributes: Attributes) -> None:
+def _check_same(mounted: Mounted, source: os.stat_result, target: Path) -> None:
     if stat.S_ISDIR(source.st_mode):
         same = (mounted.device, mounted.inode) == (source.st_dev, source.st_ino)
     else:
@@ -55,14 +56,17 @@ def _check_same(mounted: Mounted, source: os.stat_result, target: Path, attribut
         raise AlreadyExists(
             f"target_path {os.fspath(target)!r}: another volume, or another part of it, is there"
         )
-    if mounted.readonly != attributes.readonly:
-        now = "read-only" if mounted.readonly else "writable"
-        raise AlreadyExists(f"target_path {os.fspath(target)!r}: already published {now}: unpublish it first")
-    have = mounted.attributes
-    for flag in ("nosuid", "nodev", "noexec"):
-        if getattr(have, flag) != getattr(attributes, flag):
+
+
+def _check_attributes(have: Attributes, inherited: Attributes, wanted: Attributes, target: Path) -> None:
+    """A bind has what its source's mount has, and what was asked for (the filesystem may be read-only by itself)."""
+    for flag in ("readonly", "nosuid", "nodev", "noexec"):
+        missing = getattr(wanted, flag) and not getattr(have, flag)
+        surplus = getattr(have, flag) and not (getattr(wanted, flag) or getattr(inherited, flag))
+        if missing or surplus:
+            now = f"not {flag}" if missing else flag
             raise AlreadyExists(
-                f"target_path {os.fspath(target)!r}: already published with other mount_flags ({flag})"
+                f"target_path {os.fspath(target)!r}: already published, {now}: unpublish it first"
             )
 
 

@@ -28,6 +28,7 @@ from csi_driver.model import (
     CapacityRange,
     PublishRequest,
 )
+from tests.kernel.conftest import MakePool
 from tests.kernel.node_scene import Scene
 from tests.rig import capability
 
@@ -475,3 +476,29 @@ def test_bad_mount_flags_are_named(scene: Scene) -> None:
 
     with pytest.raises(InvalidArgument, match="bind"):
         scene.stage(volume, wrong)
+
+
+def test_publish_again_is_fine_where_the_pool_itself_is_mounted_nosuid(
+    workshop: Path, make_pool: MakePool
+) -> None:
+    disk = make_pool("ext4", mount="nosuid,nodev")
+    scene = Scene.make(workshop, disk / "pool", 'backend = "directory"\nenforce_capacity = false')
+    volume = scene.create("v", 8 * MIB)
+
+    scene.run(volume)
+    scene.publish(volume)
+
+    with pytest.raises(AlreadyExists, match="not readonly"):
+        scene.publish(volume, readonly=True)
+    scene.end(volume)
+    scene.rig.close()
+
+
+def test_publish_again_is_fine_when_the_filesystem_turned_read_only(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    scene.run(volume)
+    subprocess.run(["mount", "-o", "remount,ro", scene.staging(volume)], check=True)
+
+    scene.publish(volume)
+
+    scene.end(volume)
