@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations that are killed, what a caller does after that, and what must be there in the end."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msgspec import structs
+
+from csi_driver.model import MIB, CapacityRange, Record
+from tests.rig import Kind, Rig, inline, published, staged, volume
+from tests.scene import Scene, in_pod, loops_beneath, mounts_beneath
+
+INLINE = "csi-1f0e"
+CONTENT = b"kept\n" * 1000
+# What a killed driver's mkfs needs to end, and btrfs to give space back.
+SETTLE_S = 15.0
+TOLERANCE_BYTES = MIB
+
+IMAGE_XFS = Kind(
+    "image-xfs",
+    "image",
+    "ext4",
+    'fs_type = "xfs"\n',
+    ("mkfs.xfs",),
+    size_bytes=320 * MIB,
+    written_at_once=True,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an operation works on: one volume named `a`, or an inline one, and its paths."""
+
+    scene: Scene
+    pods: Path
+
+    @property
+    def size_bytes(self) -> int:
+        return self.scene.kind.size_bytes
+
+    @property
+    def staging(self) -> Path:
+        return self.pods / "staging"
+
+    @property
+    def target(self) -> Path:
+        return self.pods / "target"
+
+    def create(self, rig: Rig) -> None:
+        rig.controller.create_volume(volume("a", self.size_bytes))
+
+    def delete(self, rig: Rig) -> None:
+        rig.controller.delete_volume(rig.pool.id_of("a"))
+
+    def fill(self, rig: Rig) -> None:
+        """A volume with something in it that must never be lost."""
+        self.create(rig)
+        if self.scene.kind.needs_root:
+            with in_pod(self.scene, rig, rig.pool.id_of("a"), "filling") as path:
+                (path / "kept").write_bytes(CONTENT)
+            (self.scene.place / "filling-staging").rmdir()
+
+    def empty_trash(self, rig: Rig) -> None:
+        rig.pool.empty_trash()
+
+    def grow(self, rig: Rig) -> None:
+        rig.controller.expand_volume(rig.pool.id_of("a"), CapacityRange(2 * self.size_bytes), None)
+
+    def stage(self, rig: Rig) -> None:
+        self.staging.mkdir(exist_ok=True)  # kubelet does
+        rig.node.stage(staged(rig.pool.id_of("a"), self.staging))
+
+    def unstage(self, rig: Rig) -> None:
+        rig.node.unstage(rig.pool.id_of("a"), str(self.staging))
+        if self.staging.exists():
+            self.staging.rmdir()
+
+    def publish(self, rig: Rig) -> None:
+        rig.node.publish(published(rig.pool.id_of("a"), self.target, self.staging))
+
+    def unpublish(self, rig: Rig) -> None:
+        rig.node.unpublish(rig.pool.id_of("a"), str(self.target))
+
+    def expand(self, rig: Rig) -> None:
+        where = self.staging if rig.backend.features.stages else self.target
+        wanted = CapacityRange(2 * self.size_bytes)
+        rig.node.expand(rig.pool.id_of("a"), str(where), str(self.staging), wanted)
+
+    def publish_inline(self, rig: Rig) -> None:
+        rig.node.publish(inline(INLINE, self.target, self.size_bytes))
+
+    def unpublish_inline(self, rig: Rig) -> None:
+        rig.node.unpublish(INLINE, str(self.target))
+
+
+Step = Callable[[Case, Rig], None]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`before` leads to where `act` is called; `undo` are the calls of a caller that gives up."""
+
+    act: Step
+    before: tuple[Step, ...] = ()
+    undo: tuple[Step, ...] = ()
+    needs_root: bool = True
+
+
+UP = (Case.fill, Case.stage)
+OPERATIONS = {
+    "create": Operation(Case.create, undo=(Case.delete,), needs_root=False),
+    "delete": Operation(Case.delete, (Case.fill,), (Case.delete,), needs_root=False),
+    "empty-trash": Operation(
+        Case.empty_trash, (Case.fill, Case.delete), (Case.empty_trash,), needs_root=False
+    ),
+    "grow": Operation(Case.grow, (Case.fill,), (Case.grow, Case.delete), needs_root=False),
+    "stage": Operation(Case.stage, (Case.fill,), (Case.unstage,)),
+    "unstage": Operation(Case.unstage, UP, (Case.unstage,)),
+    "publish": Operation(Case.publish, UP, (Case.unpublish, Case.unstage)),
+    "unpublish": Operation(Case.unpublish, (*UP, Case.publish), (Case.unpublish, Case.unstage)),
+    # The caller cannot take a growth back; the filesystem may be grown when it is next staged.
+    "expand": Operation(Case.expand, (*UP, Case.publish), (Case.unpublish, Case.unstage, Case.grow)),
+    "publish-inline": Operation(Case.publish_inline, undo=(Case.unpublish_inline,)),
+    "unpublish-inline": Operation(Case.unpublish_inline, (Case.publish_inline,), (Case.unpublish_inline,)),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All that an operation may leave. Equal pictures: the same state, but for what time decides."""
+
+    volumes: dict[str, tuple[int, Record]]
+    entries: tuple[str, ...]
+    mounts: tuple[str, ...]
+    loops: int
+    pods: tuple[str, ...]
+    shown_bytes: int
+    """The size of the filesystem that the pod sees."""
+    available_bytes: int
+
+    @classmethod
+    def take(cls, case: Case, rig: Rig) -> "Picture":
+        root, place = rig.pool.catalog.root, case.scene.place
+        homes = [rig.pool.catalog.home(volume_id) for volume_id in rig.pool.catalog.ids()]
+        records = {home.id: rig.pool.catalog.read(home) for home in homes}
+        return Picture(
+            volumes={home.id: (rig.backend.size_bytes(home), _timeless(records[home.id])) for home in homes},
+            entries=tuple(
+                sorted(
+                    os.path.relpath(path, root)
+                    for area in ("volumes", "staging", "trash")
+                    for path in (root / area).glob("*/*")
+                )
+            ),
+            mounts=tuple(
+                sorted(target for target in mounts_beneath(place) if target != str(case.scene.filesystem))
+            ),
+            loops=len(loops_beneath(root)),
+            pods=tuple(sorted(f"{path.name} {path.is_dir()}" for path in case.pods.iterdir())),
+            shown_bytes=case.target.is_dir() and os.statvfs(case.target).f_blocks,
+            available_bytes=rig.controller.capacity((), {}, None).available_bytes,
+        )
+
+    def same(self, other: "Picture") -> bool:
+        near = abs(self.available_bytes - other.available_bytes) <= TOLERANCE_BYTES
+        return near and replace(self, available_bytes=0) == replace(other, available_bytes=0)
+
+
+def _timeless(record: Record) -> Record:
+    return structs.replace(record, created_at=0.0)
+
+
+def settled(case: Case, rig: Rig, expected: Picture) -> Picture:
+    """The picture once the background work is done; waits for the expected one."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        rig.settle()
+        found = Picture.take(case, rig)
+        if found.same(expected) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def run(case: Case, steps: tuple[Step, ...]) -> None:
+    """Each call by a new process: nothing may be remembered."""
+    for step in steps:
+        step(case, case.scene.open())
+    case.scene.current.close()
+
+
+def picture_after(case: Case, steps: tuple[Step, ...]) -> Picture:
+    run(case, steps)
+    rig = case.scene.open()
+    rig.settle()
+    return Picture.take(case, rig)
+
+
+def clear(case: Case, empty: Picture) -> None:
+    """Back to an empty pool, by the calls that a caller would make."""
+    if case.scene.kind.needs_root:
+        run(case, (Case.unpublish, Case.unpublish_inline, Case.unstage))
+        check_content(case)
+    run(case, (Case.delete,))
+    rig = case.scene.open()
+    found = settled(case, rig, empty)
+    assert found.same(empty), f"not back to {empty}: {found}"
+    case.scene.current.close()
+
+
+def check_content(case: Case) -> None:
+    rig = case.scene.open()
+    volume_id = rig.pool.id_of("a")
+    if rig.pool.catalog.find(volume_id) is None:
+        return
+    with in_pod(case.scene, rig, volume_id, "reading") as path:
+        names = [entry.name for entry in path.iterdir()]
+        assert names in ([], ["kept"])
+        if names:
+            assert (path / "kept").read_bytes() == CONTENT
+    (case.scene.place / "reading-staging").rmdir()
