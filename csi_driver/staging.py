@@ -4,6 +4,7 @@
 A volume whose payload is a directory needs none of it. Locks, idempotency against arguments and targets are `node`'s.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +161,23 @@ def _mount(
         return
     if not privileges.can_grow_mounted(device.fs_type):
         unmounted.grow_ext4(device.path, volume.pool.size_bytes(volume.home))
-    mount.mount_device(device.path, staging, device.fs_type, [*device.mount_options, *options], attributes)
+    try:
+        mount.mount_device(
+            device.path, staging, device.fs_type, [*device.mount_options, *options], attributes
+        )
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.filename != os.fspath(staging):
+            raise
+        raise FailedPrecondition(
+            f"staging_target_path {os.fspath(staging)!r}: is no directory: the caller makes it"
+        ) from error
+    except OSError as error:
+        # Without options of the user's, an invalid argument is a filesystem that is not well.
+        if error.errno != errno.EINVAL or not options:
+            raise
+        raise InvalidArgument(
+            f"volume_capability.mount_flags {','.join(options)!r}: {device.fs_type} does not take them: {error.strerror}"
+        ) from error
 
 
 def _fit(volume: Local, staging: Path) -> None:
@@ -204,7 +221,11 @@ def _root(volume: Local, staging: Path) -> Iterator[int]:
         if not _is_mounted(attachment, staging):
             raise _not_staged(volume)
         with opened(staging) as staging_fd:
-            data_fd = files.open_beneath(staging_fd, PAYLOAD_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                data_fd = files.open_beneath(staging_fd, PAYLOAD_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError as error:
+                # The volume, but not its root: a target, given as the place where it is staged.
+                raise _not_staged(volume) from error
             with Directory(data_fd):
                 yield data_fd
 

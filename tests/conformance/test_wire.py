@@ -96,7 +96,7 @@ def create(name: str, **changes: Any) -> pb.CreateVolumeRequest:
 @contextmanager
 def rig() -> Iterator[Rig]:
     with directory() as base:
-        for place in ("targets", "outside/directory", "static/shared"):
+        for place in ("targets", "staging", "outside/directory", "static/shared"):
             (base / place).mkdir(parents=True)
         for file in ("outside/file", "targets/.kept"):
             (base / file).write_text("precious")
@@ -211,7 +211,7 @@ def plausible(method: MethodDescriptor, made: Rig) -> Message:
         "name": "canary",
         "volume_id": made.kept,
         "target_path": str(made.targets / "canary"),
-        "staging_target_path": str(made.targets / "staging"),
+        "staging_target_path": str(made.base / "staging"),
         "volume_path": str(made.targets / "canary"),
         "volume_capability": mount_capability(),
         "volume_capabilities": [mount_capability()],
@@ -326,7 +326,7 @@ def paths(made: Rig) -> st.SearchStrategy[str]:
         f"{base}/targets/a", f"{base}/targets/b", f"{base}/targets/missing/c", f"{base}/targets", f"{base}/link",
         f"{base}/link/x", f"{base}/outside/file", f"{base}/outside/file/x", f"{base}/outside/directory",
         f"{base}/outside", f"{base}//targets/./a/", f"{base}/targets/{'n' * 255}", f"{base}/targets/{'n' * 256}",
-        f"{base}/targets" + "/d" * 2000, f"{base}/targets/ü日本", f"{base}/csi.sock",
+        f"{base}/staging", f"{base}/targets" + "/d" * 2000, f"{base}/targets/ü日本", f"{base}/csi.sock",
     )  # fmt: skip
     refused = (
         "",
