@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small HTTP server for probes and Prometheus: some paths, each a function that makes a page.
 
-What the pages say is the caller's business (`metrics`, `health_pages` here for the probes of Kubernetes).
+What the pages say is the caller's business, but for the form of a probe's (`probe`, `verdict`).
 """
 
 import logging

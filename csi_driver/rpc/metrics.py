@@ -54,9 +54,7 @@ class Metrics:
         yield from self._of_calls()
         yield from self._of_pools()
         yield from self._of_volumes()
-        yield GaugeMetricFamily(
-            "orlop_node_loop_devices", "Attached loop devices of this node, whoever's", value=len(loop.all())
-        )
+        yield from self._of_loops()
 
     def _of_calls(self) -> Iterator[Metric]:
         histogram = HistogramMetricFamily(
@@ -124,6 +122,15 @@ class Metrics:
                 used.add_metric(values, written)
         left_out.add_metric([], missed)
         yield from (capacity, used, left_out)
+
+    def _of_loops(self) -> Iterator[Metric]:
+        try:
+            attached = len(loop.all())
+        except OSError:
+            return  # not ours to look at here, or none in this kernel: the health of volumes tells what matters
+        yield GaugeMetricFamily(
+            "orlop_node_loop_devices", "Attached loop devices of this node, whoever's", value=attached
+        )
 
     def _ids(self) -> Iterator[tuple[Pool, str]]:
         for pool in self._pools:
