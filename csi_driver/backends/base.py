@@ -166,6 +166,9 @@ class Backend(Protocol):
         """Undo `attach` (both kinds); fine when there is nothing to undo.
 
         What another mount namespace still holds goes when that lets go of it; `attach` in between finds it again.
+
+        Raises:
+            FailedPrecondition: a target shows the device itself.
         """
 
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:

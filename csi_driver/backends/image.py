@@ -21,7 +21,7 @@ from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
-from csi_driver.errors import ConfigurationError, ResourceExhausted, invalid
+from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
 from csi_driver.linux import files, filesystem, loop, mount, run
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
@@ -202,7 +202,9 @@ class ImageBackend:
         except FileNotFoundError:
             return
         try:
-            for attached in loop.find(fd):
+            devices = loop.find(fd)
+            _check_not_published(home, devices)
+            for attached in devices:
                 if not loop.release(attached):
                     log.warning("volume %s: %s goes when its last user lets go of it", home.id, attached.path)
         finally:
@@ -280,6 +282,15 @@ def _extend(fd: int, start: int, end: int, *, thin: bool, name: str) -> None:
                 f"volume {name!r}: {end} bytes are more than the pool's filesystem can have in a file"
             ) from error
         raise
+
+
+def _check_not_published(home: Home, devices: Sequence[loop.Loop]) -> None:
+    """A pod has a raw device as a node, which holds nothing: once detached, its number is the next volume's."""
+    for device in devices:
+        for entry in mount.mounts_of_device(device.path, device.device):
+            raise FailedPrecondition(
+                f"volume {home.id!r}: is still published at {entry.target!r}: NodeUnpublishVolume comes first"
+            )
 
 
 def _is_thin(image: os.stat_result) -> bool:

@@ -118,6 +118,15 @@ def find_mounted(target: Path) -> Mounted | None:
     raise OSError(errno.EAGAIN, "mounts come and go too fast to be looked at", os.fspath(target))
 
 
+def mounts_of_device(path: Path, device: int) -> list[Mount]:
+    """All mounts that show the node of a block device (st_rdev `device`), whichever /dev it is from.
+
+    A container that starts again may have another /dev; what was bound from the old one shows the device still.
+    """
+    named = [entry for entry in mounts() if os.path.basename(entry.root) == path.name]
+    return [entry for entry in named if (there := find_mounted(Path(entry.target))) and there.rdev == device]
+
+
 def attributes_of(fd: int) -> Attributes:
     """The attributes of the mount that `fd` was opened through: what `bind` of it starts from."""
     found = syscall.statx(fd, "", syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC, _WANTED)
