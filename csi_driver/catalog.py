@@ -27,7 +27,7 @@ SCHEMA = 1
 POOL_FILE = "pool.json"
 RECORD_FILE = "volume.json"
 LOCK_FILE = "lock"
-VOLUMES, SNAPSHOTS, STAGING, TRASH = "volumes", "snapshots", "staging", "trash"
+AREAS = VOLUMES, SNAPSHOTS, STAGING, TRASH = "volumes", "snapshots", "staging", "trash"
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ class Catalog:
         self._lock_fd = lock_fd
         self._areas = {
             area: files.ensure_directory(root_fd, area, mode=0o700)
-            for area in (VOLUMES, SNAPSHOTS, STAGING, TRASH)
+            for area in AREAS
         }
 
     @classmethod

@@ -5,11 +5,11 @@ Nothing about mounts is remembered: each call asks the kernel what is there. Req
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from csi_driver import inline, staging, static
-from csi_driver.catalog import Home
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
 from csi_driver.health import Health
 from csi_driver.linux import mount
@@ -179,6 +179,8 @@ class Node:
         if request.capability.access_type is AccessType.BLOCK:
             raise InvalidArgument("volume_capability: a static volume is a directory, it has no block access")
         attributes, _ = staging.mount_flags(request.capability, superblock=False)
+        if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+            _check_single(request, static.shown_at(self._pools, request))
         with static.opened(self._pools, request) as fd:
             ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
 
@@ -201,9 +203,9 @@ class Node:
 def _publish(volume: staging.Local, request: PublishRequest) -> None:
     attributes, _ = staging.mount_flags(request.capability, superblock=volume.pool.backend.features.stages)
     attributes = _attributes(request, attributes)
+    if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+        _check_single(request, staging.shown_at(volume, Path(request.staging_target_path)))
     with staging.source(volume, request, readonly=attributes.readonly) as source_fd:
-        if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
-            _check_single(volume.home, request, source_fd)
         ensure_bound(source_fd, Path(request.target_path), attributes)
 
 
@@ -212,12 +214,12 @@ def _attributes(request: PublishRequest, flags: mount.Attributes) -> mount.Attri
     return replace(flags, readonly=readonly)
 
 
-def _check_single(home: Home, request: PublishRequest, source_fd: int) -> None:
-    """ReadWriteOncePod: no other target may show the volume. CSI: SINGLE_NODE_SINGLE_WRITER."""
+def _check_single(request: PublishRequest, shown_at: Iterable[mount.Mount]) -> None:
+    """ReadWriteOncePod: no other target may show the volume, or any part of it. CSI: SINGLE_NODE_SINGLE_WRITER."""
     ours = {os.path.realpath(request.target_path), os.path.realpath(request.staging_target_path)}
-    others = [entry.target for entry in mount.mounts_of(source_fd) if entry.target not in ours]
+    others = [entry.target for entry in shown_at if entry.target not in ours]
     if others:
         raise FailedPrecondition(
-            f"volume {home.id!r}: is published at {others[0]!r} already, and its access mode "
+            f"volume {request.volume_id!r}: is published at {others[0]!r} already, and its access mode "
             "SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) allows one target"
         )

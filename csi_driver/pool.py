@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from csi_driver.backends.base import Backend
-from csi_driver.catalog import Catalog, Home
+from csi_driver.catalog import AREAS, Catalog, Home
 from csi_driver.config import PoolConfig
 from csi_driver.errors import Aborted, ConfigurationError, Error, FailedPrecondition, ResourceExhausted
 from csi_driver.model import (
@@ -85,6 +86,10 @@ class Pool:
     def id_of(self, name: str) -> str:
         """The id that a volume of this name has, or would have, in this pool."""
         return str(VolumeId(self.name, self.catalog.tag, name_hash(name)))
+
+    def areas(self) -> list[Path]:
+        """The directories that homes are kept in."""
+        return [self.config.root / area for area in AREAS]
 
     def is_present(self) -> bool:
         """Whether the pool's directory is still the one that was opened."""

@@ -18,7 +18,7 @@ from csi_driver.linux import files, filesystem, mount, privileges, unmounted
 from csi_driver.model import AccessType, Capability, Parameters, PublishRequest, Record
 from csi_driver.pool import Pool
 from csi_driver.provision import unsupported
-from csi_driver.subpath import expand_sub_path
+from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,35 @@ def source(volume: Local, request: PublishRequest, *, readonly: bool) -> Iterato
         return
     with _root(volume, Path(request.staging_target_path)) as root_fd:
         parameters = volume.parameters
-        sub_path = expand_sub_path(parameters.sub_path, volume.record, request.context)
+        # A PersistentVolume that somebody wrote may say it too, and then means its own.
+        template = request.context.get(PARAMETER, parameters.sub_path)
+        sub_path = expand_sub_path(template, volume.record, request.context)
         if not sub_path:
             yield root_fd
             return
-        with Directory(_ensure_directory(root_fd, sub_path, parameters)) as directory:
+        with in_the_way(sub_path):
+            attached = Directory(_ensure_directory(root_fd, sub_path, parameters))
+        with attached as directory:
             yield directory.fd
+
+
+def shown_at(volume: Local, staging: Path) -> list[mount.Mount]:
+    """All mounts that show the volume or a part of it, whichever `subPath` or device they were made from.
+
+    Raises:
+        FailedPrecondition: it is not staged.
+    """
+    if not volume.is_block:
+        with _root(volume, staging) as root_fd:
+            return mount.mounts_of(root_fd)
+    find = volume.pool.backend.find_attached
+    devices = [find(volume.home, volume.record, readonly=readonly) for readonly in (False, True)]
+    return [
+        entry
+        for device in devices
+        if isinstance(device, Device)
+        for entry in mount.mounts_of_device(device.path, device.number)
+    ]
 
 
 def mount_flags(capability: Capability, *, superblock: bool) -> tuple[mount.Attributes, list[str]]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `subPath` parameter: which directory inside a volume a pod gets, with the names of its claim filled in."""
 
+import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from csi_driver.errors import InvalidArgument, invalid
+from csi_driver.errors import FailedPrecondition, InvalidArgument, invalid
 from csi_driver.model import Record
 
 PARAMETER = "subPath"
@@ -30,6 +32,24 @@ def check_sub_path(template: str) -> None:
         raise invalid(PARAMETER, template, "give a relative path without empty, '.' or '..' components")
     if any(len(part.encode()) > 255 for part in parts) or len(plain.encode()) > 1024:
         raise invalid(PARAMETER, template, "a component is at most 255 bytes long, all of it 1024")
+
+
+@contextmanager
+def in_the_way(sub_path: str) -> Iterator[None]:
+    """For the making of that directory: what a pod has put in its place is the pod's to remove.
+
+    Raises:
+        FailedPrecondition: a file or a symlink is there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise FailedPrecondition(
+            f"{PARAMETER} {sub_path!r}: no directory, but something else is there in the volume ({error.strerror}): "
+            "remove it"
+        ) from error
 
 
 def expand_sub_path(template: str, record: Record | None, context: Mapping[str, str]) -> str:

@@ -2,15 +2,16 @@
 """What the node must refuse, and what it must not: calls out of order, ways around an access mode, users' mistakes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import FailedPrecondition
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.linux import loop
 from csi_driver.model import MIB, AccessMode, AccessType, Capability
-from tests.kernel.node_scene import Scene
-from tests.rig import capability
+from tests.kernel.node_scene import Scene, static_request
+from tests.rig import capability, published
 
 BLOCK = Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER)
 RWOP = capability(AccessMode.SINGLE_NODE_SINGLE_WRITER)
@@ -54,13 +55,104 @@ def test_a_raw_device_is_not_taken_from_under_the_pod_that_has_it(scene: Scene, 
 # ReadWriteOncePod
 
 
+def test_one_pod_means_one_also_with_a_sub_path_for_each(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB, RWOP, subPath="${pod.name}")
+    scene.stage(volume, RWOP)
+
+    def publish(pod: str) -> None:
+        context = {"csi.storage.k8s.io/pod.name": pod}
+        request = published(volume.id, scene.kubelet / pod, scene.staging(volume), RWOP)
+        scene.rig.node.publish(replace(request, context=context))
+
+    publish("one")
+    publish("one")
+    with pytest.raises(FailedPrecondition, match="allows one target"):
+        publish("two")
+
+    scene.end(volume, "one")
+
+
+def test_one_pod_means_one_also_when_the_other_only_reads_the_device(scene: Scene) -> None:
+    volume = scene.create("v", 8 * MIB, BLOCK_RWOP)
+    scene.run(volume, "writer", BLOCK_RWOP)
+
+    with pytest.raises(FailedPrecondition, match="allows one target"):
+        scene.publish(volume, "reader", BLOCK_RWOP, readonly=True)
+    scene.end(volume, "writer")
+
+    scene.stage(volume, BLOCK_RWOP)
+    scene.publish(volume, "reader", BLOCK_RWOP, readonly=True)
+    with pytest.raises(FailedPrecondition, match="allows one target"):
+        scene.publish(volume, "writer", BLOCK_RWOP)
+    scene.end(volume, "reader")
+
+
+def test_one_pod_means_one_of_a_static_directory_too(scene: Scene, scratch: Path) -> None:
+    request = replace(static_request(scene, scratch / "exports"), capability=RWOP)
+    other = replace(request, target_path=str(scene.kubelet / "other"))
+    scene.rig.node.publish(request)
+
+    scene.rig.node.publish(request)
+    with pytest.raises(FailedPrecondition, match="allows one target"):
+        scene.rig.node.publish(other)
+
+    scene.rig.node.unpublish(request.volume_id, request.target_path)
+    scene.rig.node.publish(other)
+    scene.rig.node.unpublish(other.volume_id, other.target_path)
+
+
 # The same call again
 
 
 # Users' mistakes
 
 
+def test_a_file_in_the_sub_paths_place_is_named(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    (scene.run(volume) / "taken").write_text("a file")
+    request = published(volume.id, scene.kubelet / "other", scene.staging(volume))
+
+    with pytest.raises(FailedPrecondition, match=r"subPath 'taken'"):
+        scene.rig.node.publish(replace(request, context={"subPath": "taken"}))
+
+    scene.end(volume)
+
+
+def test_a_volumes_attribute_can_name_the_sub_path(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    (scene.run(volume) / "outside").write_text("x")
+    request = published(volume.id, scene.kubelet / "other", scene.staging(volume))
+
+    scene.rig.node.publish(replace(request, context={"subPath": "deep/${pvc.metadata.name}"}))
+
+    assert list((scene.kubelet / "other").iterdir()) == []
+    assert (scene.kubelet / "pod" / "deep" / "data").is_dir()
+    scene.end(volume, "pod", "other")
+
+
 # Inline and static volumes
+
+
+@pytest.mark.parametrize("inside", ["", "volumes", "trash"])
+def test_a_static_volume_shows_no_pools_inside(scene: Scene, scratch: Path, inside: str) -> None:
+    with pytest.raises(InvalidArgument, match="lies in pool"):
+        scene.rig.node.publish(static_request(scene, scratch / "pool" / inside))
+
+
+def test_a_static_root_that_is_not_there_is_not_found(scene: Scene, scratch: Path) -> None:
+    gone = scratch / "gone"
+    scene.text = scene.text.replace(f'"{scratch}"', f'"{gone}"')
+    scene.restart()
+
+    with pytest.raises(NotFound, match="gone"):
+        scene.rig.node.publish(static_request(scene, gone / "photos"))
+
+
+def test_a_static_sub_path_that_is_a_file_is_named(scene: Scene, scratch: Path) -> None:
+    (scratch / "exports" / "file").write_text("x")
+
+    with pytest.raises(FailedPrecondition, match=r"subPath 'file'"):
+        scene.rig.node.publish(static_request(scene, scratch / "exports", subPath="file"))
 
 
 # Crashes
