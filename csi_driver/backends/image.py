@@ -21,7 +21,14 @@ from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
-from csi_driver.errors import ConfigurationError, FailedPrecondition, ResourceExhausted, invalid
+from csi_driver.errors import (
+    ConfigurationError,
+    Error,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+    invalid,
+)
 from csi_driver.linux import files, filesystem, loop, mount, run
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
@@ -121,8 +128,7 @@ class ImageBackend:
         try:
             _extend(fd, 0, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
             if spec.access_type is AccessType.MOUNT:
-                image = home.path / PAYLOAD_IMAGE
-                filesystem.make(spec.parameters.fs_type, image, spec.parameters.mkfs_options)
+                _format(home, spec.parameters)
             # Behind mkfs, which spares itself work on an image that is all zeros.
             self._preallocate(fd, 0, spec.size_bytes, thin=spec.parameters.thin)
             files.sync(fd)
@@ -166,9 +172,11 @@ class ImageBackend:
     def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Device:
         fd = home.open(PAYLOAD_IMAGE, os.O_RDONLY if readonly else os.O_RDWR)
         try:
+            # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
+            discard = _is_thin(os.fstat(fd))
             standing = self._find_loop(fd, home.id, readonly=readonly)
             if standing is not None:
-                loop.keep(standing)
+                loop.take_over(standing, discard=discard)
                 return _device(standing, record)
             sector_size = SECTOR_BYTES
             if record.access_type is AccessType.BLOCK:
@@ -176,12 +184,7 @@ class ImageBackend:
                 sector_size = max(512, files.direct_io_alignment(fd) or 512)
             direct_io = self._options.direct_io
             attached = loop.attach(
-                fd,
-                readonly=readonly,
-                direct_io=direct_io,
-                sector_size=sector_size,
-                # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
-                discard=_is_thin(os.fstat(fd)),
+                fd, readonly=readonly, direct_io=direct_io, sector_size=sector_size, discard=discard
             )
         finally:
             os.close(fd)
@@ -261,6 +264,22 @@ class ImageBackend:
         if found is not None:
             self._loops[volume_id, readonly] = found.number
         return found
+
+
+def _format(home: Home, parameters: Parameters) -> None:
+    try:
+        filesystem.make(parameters.fs_type, home.path / PAYLOAD_IMAGE, parameters.mkfs_options)
+    except run.CommandMissing as error:
+        raise ResourceExhausted(f"volume {home.id!r}: cannot be made on this node: {error}") from error
+    except run.CommandFailed as error:
+        if error.timed_out:
+            raise Unavailable(f"volume {home.id!r}: {error}") from error
+        if parameters.mkfs_options:
+            options = " ".join(parameters.mkfs_options)
+            raise invalid(
+                f"parameters.{MKFS_OPTIONS}", options, f"correct or leave them out: {error}"
+            ) from error
+        raise Error(f"volume {home.id!r}: {error}") from error
 
 
 def _extend(fd: int, start: int, end: int, *, thin: bool, name: str) -> None:

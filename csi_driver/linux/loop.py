@@ -410,6 +410,12 @@ def keep(loop: Loop) -> None:
         os.close(fd)
 
 
+def take_over(loop: Loop, *, discard: bool = True) -> None:
+    """Make of a device that is found attached what `attach` would have made: whoever attached it may have died halfway."""
+    keep(loop)
+    _settle_discard(loop.number, LO_FLAGS_READ_ONLY if loop.readonly else 0, discard)
+
+
 def refresh_size(loop: Loop) -> Loop:
     """Let the device take the size that its file has now; returns it as it is then. ENXIO if it is detached."""
     ours = _open_if_ours(loop, os.O_RDONLY)

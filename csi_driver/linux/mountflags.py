@@ -47,7 +47,9 @@ _OPTIONS: Final = {
 _USERLAND: Final = frozenset(("defaults", "auto", "noauto", "nofail", "_netdev", "silent", "loud", "async"))
 _REFUSED: Final = frozenset(
     "bind rbind move remount loop offset sizelimit shared rshared private rprivate slave rslave unbindable runbindable"
-    " user users owner group".split()
+    " user users owner group"
+    # These have the kernel open (and write) a device that is not the volume's.
+    " device journal_dev journal_path logdev rtdev".split()
 )
 
 

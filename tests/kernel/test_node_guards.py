@@ -101,10 +101,25 @@ def test_one_pod_means_one_of_a_static_directory_too(scene: Scene, scratch: Path
     scene.rig.node.unpublish(other.volume_id, other.target_path)
 
 
-# The same call again
-
-
 # Users' mistakes
+
+
+@pytest.mark.parametrize("option", ["logdev=/dev/null", "journal_path=/dev/null", "device=/dev/null"])
+def test_an_option_that_names_another_device_is_refused(scene: Scene, option: str) -> None:
+    volume = scene.create("v", 32 * MIB)
+
+    with pytest.raises(InvalidArgument, match="is not for a volume"):
+        scene.stage(volume, replace(capability(), mount_flags=(option,)))
+
+    assert images(scene) == []
+
+
+def test_mkfs_options_that_mkfs_refuses_are_the_users_fault(scene: Scene) -> None:
+    with pytest.raises(InvalidArgument, match=r"mkfs.ext4"):
+        scene.create("v", 32 * MIB, mkfsOptions="-N 999999999999")
+
+    assert scene.rig.pool.catalog.ids() == []
+    assert list(scene.rig.pool.catalog.staged()) == []
 
 
 def test_a_file_in_the_sub_paths_place_is_named(scene: Scene) -> None:
@@ -156,3 +171,17 @@ def test_a_static_sub_path_that_is_a_file_is_named(scene: Scene, scratch: Path) 
 
 
 # Crashes
+
+
+def test_a_device_whose_attaching_was_cut_short_refuses_discards_when_it_is_found(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    image = scene.rig.pool.catalog.root / "volumes" / volume.id / "image"
+    with open(image, "rb") as file:
+        cut = loop.attach(file.fileno(), sector_size=4096)
+
+    scene.stage(volume)
+
+    limit = Path(f"/sys/block/loop{cut.number}/queue/discard_max_bytes")
+    assert int(limit.read_text()) == 0
+    scene.publish(volume)
+    scene.end(volume)
