@@ -161,7 +161,9 @@ def parse_size(value: str | int) -> int:
     number, unit = match.groups()
     base = 1024 if (unit or "").endswith("i") else 1000
     power = " KMGTPE".index(unit[0]) if unit else 0
-    return int(float(number) * base**power) if "." in number else int(number) * base**power
+    unit_bytes = int(base**power)
+    whole, _, part = number.partition(".")
+    return int(whole) * unit_bytes + (int(float(f"0.{part}") * unit_bytes) if part else 0)
 
 
 def parse_duration(value: str | int) -> float:

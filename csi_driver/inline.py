@@ -10,7 +10,7 @@ from pathlib import Path
 
 from csi_driver.catalog import Home
 from csi_driver.config import parse_size
-from csi_driver.errors import InvalidArgument
+from csi_driver.errors import InvalidArgument, invalid
 from csi_driver.linux import mount
 from csi_driver.model import CapacityRange, PublishRequest, VolumeId, VolumeRequest
 from csi_driver.pool import Pool
@@ -41,8 +41,12 @@ def volume_request(request: PublishRequest) -> VolumeRequest:
     """What to make for a publish request.
 
     Raises:
-        InvalidArgument: no size, or a bad one.
+        InvalidArgument: no size, or a bad one; or it is called as only volumes with a claim are.
     """
+    if VolumeId.find(request.volume_id) is not None:
+        raise invalid(
+            "volume_id", request.volume_id, "an inline volume cannot be called like an ordinary one"
+        )
     try:
         size_bytes = parse_size(request.context.get(SIZE, ""))
     except ValueError as error:

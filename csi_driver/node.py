@@ -50,7 +50,7 @@ class Node:
 
         CSI: NodeStageVolume.
         """
-        with self._locks.hold(lock_key(request.volume_id)):
+        with self._locks.hold(lock_key(request.volume_id), request.staging_target_path):
             if static.is_static(request.context):
                 return
             pool, home = self._pools.get(request.volume_id)
@@ -62,7 +62,7 @@ class Node:
 
         CSI: NodeUnstageVolume.
         """
-        with self._locks.hold(lock_key(volume_id)):
+        with self._locks.hold(lock_key(volume_id), staging_target_path):
             mount.unmount(Path(staging_target_path))
             found = self._pools.find(volume_id)
             if found is not None:
@@ -79,7 +79,8 @@ class Node:
 
         CSI: NodePublishVolume.
         """
-        with self._locks.hold(lock_key(request.volume_id)):
+        # The path too: two volumes that are sent to one must not both find it free.
+        with self._locks.hold(lock_key(request.volume_id), request.target_path):
             if inline.is_inline(request.context):
                 self._publish_inline(request)
             elif static.is_static(request.context):
@@ -93,7 +94,7 @@ class Node:
 
         CSI: NodeUnpublishVolume.
         """
-        with self._locks.hold(lock_key(volume_id)):
+        with self._locks.hold(lock_key(volume_id), target_path):
             ensure_unbound(Path(target_path))
             found = inline.find(self._pools, volume_id)
             if found is not None:
@@ -151,7 +152,8 @@ class Node:
             size_bytes = grown_size(pool, record, wanted, pool.size_bytes(home))
             actual = pool.grow(home, record, size_bytes)
             if record.access_type is AccessType.MOUNT:
-                staging.grow(staging.Local(pool, home, record), path, actual)
+                staging_path = Path(staging_target_path or volume_path)
+                staging.grow(staging.Local(pool, home, record), path, staging_path, actual)
             return actual
 
     def info(self) -> NodeInfo:

@@ -75,8 +75,10 @@ def stage(volume: Local, staging: Path, capability: Capability) -> None:
             raise
 
 
-def grow(volume: Local, path: Path, size_bytes: int) -> None:
+def grow(volume: Local, path: Path, staging: Path, size_bytes: int) -> None:
     """Grow the filesystem that is mounted at `path` to the device's new size; nothing to do for directories.
+
+    By way of `staging`, where it is mounted there: `path` may be read-only.
 
     Raises:
         NotFound: the volume is not mounted there.
@@ -96,7 +98,7 @@ def grow(volume: Local, path: Path, size_bytes: int) -> None:
                 f"CAP_SYS_RESOURCE, so its {attachment.fs_type} filesystem grows when it is next staged: end the "
                 "pods that use it"
             )
-        with opened(path) as fd:
+        with opened(staging if _is_mounted(attachment, staging) else path) as fd:
             filesystem.grow(attachment.fs_type, fd, size_bytes)
 
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the node must refuse, and what it must not: calls out of order, ways around an access mode, users' mistakes."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from csi_driver.linux import loop
-from csi_driver.model import MIB, AccessMode, AccessType, Capability
-from tests.kernel.node_scene import Scene, static_request
+from csi_driver.model import MIB, AccessMode, AccessType, Capability, CapacityRange
+from tests.kernel.node_scene import Scene, inline_request, static_request
 from tests.rig import capability, published
 
 BLOCK = Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER)
@@ -50,6 +51,20 @@ def test_a_raw_device_is_not_taken_from_under_the_pod_that_has_it(scene: Scene, 
     assert target.stat().st_rdev in {one.device for one in images(scene)}
     scene.end(volume)
     assert images(scene) == []
+
+
+def test_two_calls_for_one_path_do_not_meet(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    scene.stage(volume)
+    target = scene.kubelet / "pod"
+
+    with scene.rig.locks.hold(str(target)):
+        with pytest.raises(Aborted, match="another call"):
+            scene.publish(volume)
+        with pytest.raises(Aborted, match="another call"):
+            scene.rig.node.unpublish(volume.id, str(target))
+
+    scene.end(volume)
 
 
 # ReadWriteOncePod
@@ -145,7 +160,33 @@ def test_a_volumes_attribute_can_name_the_sub_path(scene: Scene) -> None:
     scene.end(volume, "pod", "other")
 
 
+def test_a_volume_grows_through_a_target_that_is_read_only(scene: Scene) -> None:
+    volume = scene.create("v", 300 * MIB, fsType="xfs")
+    scene.stage(volume)
+    target = scene.publish(volume, readonly=True)
+
+    scene.rig.node.expand(volume.id, str(target), str(scene.staging(volume)), CapacityRange(400 * MIB))
+
+    assert os.statvfs(target).f_blocks * os.statvfs(target).f_frsize > 310 * MIB
+    scene.end(volume)
+
+
 # Inline and static volumes
+
+
+def test_an_inline_volume_cannot_be_called_like_an_ordinary_one(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+
+    with pytest.raises(InvalidArgument, match="inline"):
+        scene.rig.node.publish(inline_request(scene, volume.id, size="16Mi"))
+
+    assert scene.rig.pool.catalog.ids() == [volume.id]
+
+
+@pytest.mark.parametrize("size", ["9" * 400 + ".0", "9" * 400])
+def test_an_inline_size_beyond_all_numbers_is_refused(scene: Scene, size: str) -> None:
+    with pytest.raises((InvalidArgument, OutOfRange)):
+        scene.rig.node.publish(inline_request(scene, "csi-0123", size=size))
 
 
 @pytest.mark.parametrize("inside", ["", "volumes", "trash"])
