@@ -14,7 +14,6 @@ from csi_driver.model import AccessMode
 from tests.conftest import require_root, require_tool
 from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged
 
-
 FILESYSTEM_IMAGE = "filesystem.img"
 
 
