@@ -50,7 +50,7 @@ class Node:
 
         CSI: NodeStageVolume.
         """
-        with self._locks.hold(lock_key(request.volume_id), request.staging_target_path):
+        with self._hold(request.volume_id, "staging_target_path", request.staging_target_path):
             if static.is_static(request.context):
                 return
             pool, home = self._pools.get(request.volume_id)
@@ -62,7 +62,7 @@ class Node:
 
         CSI: NodeUnstageVolume.
         """
-        with self._locks.hold(lock_key(volume_id), staging_target_path):
+        with self._hold(volume_id, "staging_target_path", staging_target_path):
             mount.unmount(Path(staging_target_path))
             found = self._pools.find(volume_id)
             if found is not None:
@@ -79,8 +79,7 @@ class Node:
 
         CSI: NodePublishVolume.
         """
-        # The path too: two volumes that are sent to one must not both find it free.
-        with self._locks.hold(lock_key(request.volume_id), request.target_path):
+        with self._hold(request.volume_id, "target_path", request.target_path):
             if inline.is_inline(request.context):
                 self._publish_inline(request)
             elif static.is_static(request.context):
@@ -94,7 +93,7 @@ class Node:
 
         CSI: NodeUnpublishVolume.
         """
-        with self._locks.hold(lock_key(volume_id), target_path):
+        with self._hold(volume_id, "target_path", target_path):
             ensure_unbound(Path(target_path))
             found = inline.find(self._pools, volume_id)
             if found is not None:
@@ -176,6 +175,19 @@ class Node:
         CSI: NodeGetStorageHealth.
         """
         return self._health.of_storage()
+
+    @contextmanager
+    def _hold(self, volume_id: str, field: str, path: str) -> Iterator[None]:
+        """Work on a volume and a path: two volumes that are sent to one must not both find it free.
+
+        Raises:
+            InvalidArgument: the path lies in a pool: a caller's mistake there would be a volume's end.
+        """
+        for pool in self._pools:
+            if Path(path).is_relative_to(pool.catalog.root):
+                raise invalid(field, path, f"lies in pool {pool.name!r}; kubelet's directory is not a pool's")
+        with self._locks.hold(lock_key(volume_id), path):
+            yield
 
     def _publish_static(self, request: PublishRequest) -> None:
         if request.capability.access_type is AccessType.BLOCK:

@@ -175,8 +175,7 @@ class ImageBackend:
             # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
             discard = _is_thin(os.fstat(fd))
             standing = self._find_loop(fd, home.id, readonly=readonly)
-            if standing is not None:
-                loop.take_over(standing, discard=discard)
+            if standing is not None and loop.take_over(standing, discard=discard):
                 return _device(standing, record)
             sector_size = SECTOR_BYTES
             if record.access_type is AccessType.BLOCK:

@@ -396,24 +396,40 @@ def _clear(loop: Loop) -> bool:
     return now is None or (now.backing_device, now.backing_inode) != (loop.backing_device, loop.backing_inode)
 
 
-def keep(loop: Loop) -> None:
-    """Undo the mark that LOOP_CLR_FD left on a device in use, lest it vanish from under a later user."""
+def keep(loop: Loop) -> bool:
+    """Undo the mark that LOOP_CLR_FD left on a device in use, lest it vanish from under a later user.
+
+    Returns: whether it has its file for good; False when it was too late, and the device is letting go.
+    """
     ours = _open_if_ours(loop, os.O_RDONLY)
     if ours is None:
-        return
+        return False
     fd, info = ours
     try:
-        if info.lo_flags & LO_FLAGS_AUTOCLEAR:
-            info.lo_flags &= ~LO_FLAGS_AUTOCLEAR
-            ioctl(fd, LOOP_SET_STATUS64, info, "LOOP_SET_STATUS64")
+        if not info.lo_flags & LO_FLAGS_AUTOCLEAR:
+            return True
+        info.lo_flags &= ~LO_FLAGS_AUTOCLEAR
+        # While this descriptor is open the last close has not been, so the mark comes off in time or not at all.
+        ioctl(fd, LOOP_SET_STATUS64, info, "LOOP_SET_STATUS64")
+        now = _status(fd)
+        return now is not None and not now.lo_flags & LO_FLAGS_AUTOCLEAR
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return False
     finally:
         os.close(fd)
 
 
-def take_over(loop: Loop, *, discard: bool = True) -> None:
-    """Make of a device that is found attached what `attach` would have made: whoever attached it may have died halfway."""
-    keep(loop)
+def take_over(loop: Loop, *, discard: bool = True) -> bool:
+    """Make of a device that is found attached what `attach` would have made: whoever attached it may have died halfway.
+
+    Returns: whether it could be had; False when it is letting go of its file.
+    """
+    if not keep(loop):
+        return False
     _settle_discard(loop.number, LO_FLAGS_READ_ONLY if loop.readonly else 0, discard)
+    return True
 
 
 def refresh_size(loop: Loop) -> Loop:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.backends.base import Device
 from csi_driver.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -30,7 +31,7 @@ from csi_driver.model import (
 )
 from tests.kernel.conftest import MakePool
 from tests.kernel.node_scene import Scene
-from tests.rig import capability
+from tests.rig import capability, staged
 
 BLOCK = Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER)
 RWOP = capability(AccessMode.SINGLE_NODE_SINGLE_WRITER)
@@ -342,6 +343,25 @@ def test_a_mount_copied_into_another_namespace_keeps_no_pod_from_ending(scene: S
     scene.delete(volume)
 
 
+def test_stage_right_after_a_device_was_let_go_gets_a_device_that_stays(scene: Scene) -> None:
+    volume = scene.create("v", 16 * MIB)
+    for number in range(30):
+        target = scene.run(volume)
+        (target / str(number)).write_text("x")
+        device = scene.rig.backend.find_attached(scene.rig.pool.catalog.get(volume.id), volume.record)
+        assert isinstance(device, Device)
+        # Somebody looks at the device (blkid, udev) while the pod ends: it is cleared at their close.
+        fd = os.open(device.path, os.O_RDONLY)
+        closing = threading.Timer(0.002 * (number % 5), os.close, [fd])
+        closing.start()
+        scene.end(volume)
+        closing.join()
+
+    assert len(list(scene.run(volume).iterdir())) == 30
+    scene.end(volume)
+    scene.delete(volume)
+
+
 def test_stats_tell_bytes_and_inodes_and_a_devices_size(scene: Scene) -> None:
     volume, device = scene.create("v", 32 * MIB), scene.create("b", 8 * MIB, BLOCK)
     target, raw = scene.run(volume), scene.run(device, "raw", BLOCK)
@@ -497,3 +517,16 @@ def test_publish_again_is_fine_when_the_filesystem_turned_read_only(scene: Scene
     scene.publish(volume)
 
     scene.end(volume)
+
+
+def test_a_path_in_the_pool_is_neither_mounted_on_nor_unmounted_nor_removed(scene: Scene) -> None:
+    volume = scene.create("v", 16 * MIB)
+    trash = scene.rig.pool.catalog.root / "trash"
+
+    for call in (scene.rig.node.unpublish, scene.rig.node.unstage):
+        with pytest.raises(InvalidArgument, match="pool 'p'"):
+            call(volume.id, str(trash))
+    with pytest.raises(InvalidArgument, match="pool 'p'"):
+        scene.rig.node.stage(staged(volume.id, trash))
+
+    assert trash.is_dir()
