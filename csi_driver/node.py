@@ -5,7 +5,8 @@ Nothing about mounts is remembered: each call asks the kernel what is there. Req
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
