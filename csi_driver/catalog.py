@@ -70,10 +70,7 @@ class Catalog:
         self.root_fd = root_fd
         self.tag = pool.uuid.replace("-", "")[:8]
         self._lock_fd = lock_fd
-        self._areas = {
-            area: files.ensure_directory(root_fd, area, mode=0o700)
-            for area in AREAS
-        }
+        self._areas = {area: files.ensure_directory(root_fd, area, mode=0o700) for area in AREAS}
 
     @classmethod
     def open(cls, root: Path, backend: str) -> "Catalog":
@@ -255,6 +252,7 @@ def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
     try:
         pool = msgspec.json.decode(files.read(root_fd, POOL_FILE), type=PoolRecord)
     except FileNotFoundError:
+        _check_unused(root, root_fd)
         pool = PoolRecord(schema=SCHEMA, uuid=str(uuid.uuid4()), backend=backend)
         files.write_atomic(root_fd, POOL_FILE, msgspec.json.encode(pool))
         files.sync(root_fd)
@@ -273,6 +271,23 @@ def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
             "correct the configuration or give the new pool another root"
         )
     return pool
+
+
+def _check_unused(root: Path, root_fd: int) -> None:
+    """A new uuid would make the volumes that are there strangers for ever: their ids say the old one."""
+    try:
+        fd = files.open_beneath(root_fd, VOLUMES, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        orphan = next((name for name in sorted(os.listdir(fd)) if VolumeId.find(name)), None)
+    finally:
+        os.close(fd)
+    if orphan is not None:
+        raise ConfigurationError(
+            f"{root / POOL_FILE}: missing, but there are volumes, {orphan} for one: restore it from a backup "
+            f"(its uuid begins with {orphan.split('-')[1]})"
+        )
 
 
 def _raw(home: Home) -> dict[str, Any]:

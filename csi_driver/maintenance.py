@@ -7,6 +7,7 @@ It shares nothing with calls but the pools themselves; a failure is logged and t
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from csi_driver.errors import Error
 from csi_driver.pool import Pool
@@ -47,18 +48,19 @@ class Maintenance:
         while not self._ending.is_set():
             self._wake.wait(self._refresh_s)
             self._wake.clear()
+            refresh = time.monotonic() - refreshed >= self._refresh_s
             for pool in self._pools:
                 if self._ending.is_set():
                     return
-                self._round(pool, refresh=time.monotonic() - refreshed >= self._refresh_s)
-            if time.monotonic() - refreshed >= self._refresh_s:
+                self._try(pool, pool.empty_trash)
+                if refresh:
+                    self._try(pool, pool.refresh)
+            if refresh:
                 refreshed = time.monotonic()
 
-    def _round(self, pool: Pool, *, refresh: bool) -> None:
+    def _try(self, pool: Pool, work: Callable[[], object]) -> None:
         try:
-            pool.empty_trash()
-            if refresh:
-                pool.refresh()
+            work()
         except (OSError, Error) as error:
             log.error(
                 "pool %s: maintenance failed, it is tried again in %g s: %s",

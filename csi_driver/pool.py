@@ -9,7 +9,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from csi_driver.backends.base import Backend
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # Counting is linear in the volumes; calls that are refused one after the other share one count.
 _COUNT_AGAIN_S = 1.0
+_CLOCK_SLACK_S = 60.0
 
 
 class Pool:
@@ -171,10 +172,17 @@ class Pool:
         promised = self.backend.promised_bytes(wanted, parameters)
         needed = promised - self.backend.promised_bytes(before, parameters)
         self._count_if_short(needed)
-        with self._no_room(home.id), self.space.reserve(home.id, promised, needed):
-            # Also when it is that large already: a crash may have left what lies above the payload behind.
-            actual = self.backend.grow(home, wanted)
-            self.space.settle(home.id, self.backend.written_bytes(home))
+        with self._no_room(home.id):
+            try:
+                with self.space.reserve(home.id, promised, needed):
+                    # Also when it is that large already: a crash may have left what lies above the payload behind.
+                    actual = self.backend.grow(home, wanted)
+                    self.space.settle(home.id, self.backend.written_bytes(home))
+            except BaseException:
+                # It may have grown all the same.
+                with suppress(OSError, Error):
+                    self.space.add(home.id, *self._share(home))
+                raise
         if record.size_bytes < max(actual, size_bytes):
             self.catalog.update(home, size_bytes=max(actual, size_bytes))
         return actual
@@ -191,7 +199,12 @@ class Pool:
                 f"volume {home.id!r}: still in use on this node ({holder}): end the pods that use it; "
                 "kubelet then unpublishes and unstages it"
             )
-        trashed = self.catalog.trash(home, keep=keep)
+        try:
+            trashed = self.catalog.trash(home, keep=keep)
+        except OSError:
+            if self.catalog.find(home.id) is None:
+                self.space.forget(home.id)
+            raise
         self.space.move(home.id, trashed.name)
         self.on_trash()
 
@@ -202,8 +215,11 @@ class Pool:
         now = time.time() if now is None else now
         due: list[float] = []
         failures: list[OSError | Error] = []
-        for home, when in list(self.catalog.trashed()):
-            wait = when + self.config.retention_s - now
+        for found, when in list(self.catalog.trashed()):
+            home, wait = found, when + self.config.retention_s - now
+            if when > now + _CLOCK_SLACK_S:
+                # Deleted while the clock was ahead: kept from now on, not for so much longer.
+                home, wait = self._redate(found), self.config.retention_s
             if wait > 0:
                 due.append(wait)
                 continue
@@ -226,6 +242,8 @@ class Pool:
                 written[volume_id] = self.backend.written_bytes(self.catalog.home(volume_id))
             except FileNotFoundError:
                 continue  # deleted since it was listed
+            except OSError as error:
+                log.error("pool %s: volume %s: cannot be counted: %s", self.name, volume_id, error)
         self.space.refresh(written)
 
     def _share(self, home: Home) -> tuple[int, int]:
@@ -299,6 +317,11 @@ class Pool:
             raise Aborted(
                 f"volume {volume_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
             ) from error
+
+    def _redate(self, home: Home) -> Home:
+        redated = self.catalog.trash(home)
+        self.space.move(home.name, redated.name)
+        return redated
 
     def _discard(self, home: Home) -> None:
         self.backend.clear(home)

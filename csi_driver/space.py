@@ -98,6 +98,11 @@ class Space:
         with self._guard:
             self._set(name, promised, written)
 
+    def forget(self, name: str) -> None:
+        """The home is nowhere to be seen any more; what it has taken is found at the next count."""
+        with self._guard:
+            self._drop(name)
+
     def move(self, name: str, new_name: str) -> None:
         """The home goes by another name now (into the trash): its room stays taken."""
         with self._guard:
@@ -109,8 +114,8 @@ class Space:
         """Give a home's room back once the body has removed its files."""
         with self._guard:
             self._in_flight += 1
-        free = self._store().free_bytes
         try:
+            free = self._store().free_bytes
             yield
             with self._guard:
                 written = self._shares[name].written if name in self._shares else 0

@@ -2,6 +2,7 @@
 """One pool: making, growing, deleting, and what a start finds."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -264,7 +265,67 @@ def test_one_that_cannot_be_removed_does_not_keep_the_others(rig: Rig) -> None:
     assert rig.pool.capacity().available_bytes == GIB - SIZE
 
 
+def test_what_a_wrong_clock_deleted_in_the_future_is_kept_no_longer_than_the_rest(opened: OpenRig) -> None:
+    rig = opened(extra='reserved = "0%"\nretention = "1h"\n')
+    rig.pool.delete(create(rig.pool))
+    (ahead,) = (rig.pool.catalog.root / "trash").iterdir()
+    ahead.rename(ahead.with_suffix(f".{time.time_ns() + 10**18}"))
+    rig = opened(extra='reserved = "0%"\nretention = "1h"\n')
+
+    due = rig.pool.empty_trash()
+    assert due is not None
+    assert due <= 3600
+    rig.pool.empty_trash(now=time.time() + 3700)
+
+    assert entries(rig.pool, "trash") == []
+    assert rig.pool.capacity().available_bytes == GIB
+
+
+def test_delete_whose_last_sync_failed_keeps_no_promise(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = create(rig.pool)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", fail(OSError(5, "I/O error")))
+        with pytest.raises(OSError, match="fsync"):
+            rig.pool.delete(home)
+
+    assert rig.pool.catalog.find(home.id) is None
+    assert rig.pool.space.promised() == 0
+
+
+def test_growth_that_failed_after_all_was_grown_is_counted_as_it_is(rig: Rig) -> None:
+    home = create(rig.pool)
+
+    with interposed(rig.pool, after=True, grow=BROKEN), pytest.raises(ValueError, match="broken"):
+        rig.pool.grow(home, rig.pool.catalog.read(home), 2 * SIZE)
+
+    assert rig.pool.space.promised() == 2 * SIZE
+
+
+def test_volume_that_cannot_be_read_does_not_keep_the_others_from_being_counted(rig: Rig) -> None:
+    sick, well = sorted(create(rig.pool, name).id for name in "ab")
+    counted: list[str] = []
+
+    def count(home: Home) -> None:
+        counted.append(home.id)
+        if home.id == sick:
+            raise OSError(5, "I/O error")
+
+    with interposed(rig.pool, written_bytes=count):
+        rig.pool.refresh()
+
+    assert counted == [sick, well]
+
+
 # What a start finds
+
+
+def test_pool_that_lost_its_uuid_is_not_given_another(opened: OpenRig) -> None:
+    rig = opened()
+    home = create(rig.pool)
+    (rig.pool.catalog.root / "pool.json").unlink()
+
+    with pytest.raises(ConfigurationError, match=rf"pool.json: missing.*{home.id}.*backup"):
+        opened()
 
 
 def test_half_made_volumes_are_discarded(opened: OpenRig) -> None:

@@ -53,6 +53,26 @@ def test_empty_pool_offers_all_but_what_is_reserved() -> None:
     assert make_space(Disk(), Reserved(share=0.1)).available() == TOTAL - 1000
 
 
+def test_disk_that_cannot_be_asked_for_a_moment_is_asked_again() -> None:
+    disk = Disk()
+    sick: list[OSError] = []
+
+    def store() -> Store:
+        if sick:
+            raise sick.pop()
+        return disk.store()
+
+    space = Space(store, NOTHING)
+    space.adopt({"a": (3000, 0)})
+    sick.append(OSError(5, "I/O error"))
+    with pytest.raises(OSError, match="I/O error"), space.release("a"):
+        pass
+
+    disk.others = 5000
+
+    assert space.available() == TOTAL - 5000 - 3000
+
+
 def test_thick_volume_takes_its_size_once() -> None:
     disk = Disk()
     space = make_space(disk)
