@@ -27,6 +27,11 @@ def size_of(namespace: Namespace, name: str) -> str:
     return str(namespace.get("persistentvolumeclaim", name)["status"]["capacity"]["storage"])
 
 
+def is_pending(namespace: Namespace, name: str) -> bool:
+    conditions = namespace.get("persistentvolumeclaim", name)["status"].get("conditions", [])
+    return any(one["type"] == "FileSystemResizePending" for one in conditions)
+
+
 def kilobytes(namespace: Namespace, name: str) -> int:
     return int(namespace.shell(name, "df -k /data | tail -1").split()[1])
 
@@ -58,8 +63,9 @@ def test_the_filesystem_grows_in_the_running_pod(namespace: Namespace, storage_c
     grow(namespace, "data", "2Gi")
 
     if storage_class == "csi-disk" and not machine_grows_ext4_online():
-        # The driver says so, and the next start of the pod finds the filesystem grown.
-        namespace.wait_for_event("app", "CAP_SYS_RESOURCE")
+        # The device is larger, the filesystem is not: the next start of the pod finds it grown.
+        namespace.wait_for_event("data", "Require file system resize of volume on node")
+        kube.wait_until(lambda: is_pending(namespace, "data"), "the claim to say what it waits for")
         namespace.delete("pod", "app")
         namespace.apply(pod("app", {"/data": "data"}))
         namespace.wait_until_running("app")

@@ -10,12 +10,13 @@ from tests.cluster.harness import deploy, layout, node
 from tests.cluster.harness.processes import run
 from tests.cluster.kube import Namespace, claim, pod
 
+MINIKUBE = deploy.CHART.parents[1] / "minikube"
 WRITING = "while :; do date +%s >> /data/log || exit 1; sync; sleep 0.1; done"
 
 
 @pytest.fixture(autouse=True)
-def installed(cluster: None) -> Iterator[None]:
-    """Whatever a test does to the driver, the next one finds it in place."""
+def installed(namespace: Namespace) -> Iterator[None]:
+    """Whatever a test does to the driver, it is in place again when the test's objects are cleared away."""
     yield
     deploy.install()
     deploy.wait()
@@ -25,7 +26,7 @@ def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) ->
     namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING))
     namespace.wait_until_running("writer")
 
-    load_under_another_name()
+    name_image(deploy.IMAGE.replace(":test", ":next"))
     deploy.install("image.tag=next", "node.updateStrategy.rollingUpdate.maxUnavailable=1")
     deploy.wait()
 
@@ -38,10 +39,10 @@ def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) ->
     namespace.wait_until_running("later")
 
 
-def load_under_another_name() -> None:
+def name_image(name: str) -> None:
+    """Give the driver's image, as the nodes have it, another name."""
     for one in layout.existing_nodes():
-        tag = ["ctr", "--namespace", "k8s.io", "images", "tag", "--force", deploy.IMAGE]
-        node.execute(one, *tag, deploy.IMAGE.replace(":test", ":next"))
+        node.execute(one, "ctr", "--namespace", "k8s.io", "images", "tag", "--force", deploy.IMAGE, name)
 
 
 def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(namespace: Namespace) -> None:
@@ -64,10 +65,33 @@ def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(name
     assert int(namespace.shell("reader", "wc -l < /data/log")) > lines
 
 
-def test_helm_test_asks_every_nodes_doctor(cluster: None) -> None:
+def test_helm_test_asks_every_nodes_doctor(installed: None) -> None:
     deploy.install()
     deploy.wait()
 
     said = run("helm", "test", "orlop", "--namespace", deploy.NAMESPACE, "--timeout=90s", "--logs")
 
     assert said.count("Phase:          Succeeded") == 2
+
+
+def test_minikubes_manifests_work_as_they_stand(namespace: Namespace) -> None:
+    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=90s")
+    manifests = run("kubectl", "kustomize", MINIKUBE)
+    name_image(next(word for word in manifests.split() if word.startswith("ghcr.io/")))
+
+    run("kubectl", "apply", "--kustomize", MINIKUBE)
+    deploy.wait()
+    by_default = claim("data")
+    del by_default["spec"]["storageClassName"]
+    namespace.apply(by_default, pod("app", {"/data": "data"}))
+    namespace.wait_until_running("app")
+    assert namespace.volume_of("data")["spec"]["storageClassName"] == "orlop"
+    where = layout.Node(int(namespace.node_of("app").removeprefix("node")))
+    assert node.execute(where, "ls", "/data/orlop/default/volumes").strip() != ""
+
+    namespace.clear()
+    kube.wait_until(
+        lambda: kube.kubectl("get", "persistentvolumes", "--output=name") == "", "the volume to go"
+    )
+    run("kubectl", "delete", "--kustomize", MINIKUBE, "--timeout=90s")
+    run("kubectl", "create", "namespace", deploy.NAMESPACE)

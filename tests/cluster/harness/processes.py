@@ -45,6 +45,9 @@ def start(name: str, command: list[str | Path]) -> int:
             start_new_session=True,
         )
     remember(name, process.pid)
+    process.returncode = (
+        0  # it outlives this process, which will not wait for it and is not to be warned of that
+    )
     return process.pid
 
 
