@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """One backend's pool on a fresh filesystem, the drivers that a test opens over it, and what a pod sees of a volume."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from csi_driver.model import AccessMode
 from tests.conftest import require_root, require_tool
 from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged
 
+CLONE_NEWNS = 0x20000
+# What a closed device may need until the kernel has tidied up.
+SETTLE_S = 2.0
 FILESYSTEM_IMAGE = "filesystem.img"
 
 
@@ -39,6 +45,16 @@ class Scene:
         """A driver configured otherwise."""
         self.kind = change
         return self.open(extra)
+
+
+@cache
+def own_mounts() -> None:
+    """Give this process mounts of its own: a container that somebody starts meanwhile would get a copy of ours, and keep
+    the devices under them for as long as it lives."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) < 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    # What is mounted on the machine later is still seen here.
+    subprocess.run(["mount", "--make-rslave", "/"], check=True)
 
 
 def mounts_beneath(base: Path) -> list[str]:
@@ -72,10 +88,14 @@ def descriptors() -> set[str]:
 @contextmanager
 def clean_place() -> Iterator[Path]:
     """An empty directory on a disk; nothing may be mounted in it, or attached from it, at the end."""
+    if os.geteuid() == 0:
+        own_mounts()
     path = Path(tempfile.mkdtemp(prefix="orlop-test-", dir=os.environ.get("ORLOP_TEST_DIR", "/var/tmp")))
     before = descriptors()
     yield path
-    left = [*mounts_beneath(path), *loops_beneath(path)]
+    deadline = time.monotonic() + SETTLE_S
+    while (left := [*mounts_beneath(path), *loops_beneath(path)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     # Those of the place alone: pytest's own come and go.
     left += sorted(one for one in descriptors() - before if os.fspath(path) in one)
     for target in reversed(mounts_beneath(path)):
