@@ -18,12 +18,13 @@ from tests.lab.disks import run
 
 NUMBERS = itertools.count(1)
 PORT = 2049
+EXPORT_OPTIONS = "rw,no_root_squash,fsid=0,no_subtree_check,insecure"
 GANESHA = """
 NFS_CORE_PARAM { Protocols = 3, 4; mount_path_pseudo = true; Enable_NLM = false; Enable_RQUOTA = false;
     Enable_UDP = false; }
 NFSV4 { Graceless = true; Lease_Lifetime = 10; RecoveryBackend = fs; Minor_Versions = 0, 1, 2; }
 EXPORT_DEFAULTS { SecType = sys; Squash = no_root_squash; Access_Type = RW; Protocols = 3, 4; }
-EXPORT { Export_Id = 1; Path = /export; Pseudo = /share; FSAL { Name = VFS; } }
+EXPORT { Export_Id = 1; Path = /export/share; Pseudo = /share; FSAL { Name = VFS; } }
 LOG { Default_Log_Level = EVENT; }
 """
 
@@ -33,6 +34,7 @@ class Host:
 
     def __init__(self, export: Path | None = None) -> None:
         number = next(NUMBERS)
+        self.export = export or Path("/nowhere")
         self.name = f"host{number}"
         self.address = f"10.77.{number}.2"
         self._gateway = f"10.77.{number}.1"
@@ -107,7 +109,7 @@ class KernelServer(Host):
         self.run("mount", "-t", "rpc_pipefs", "pipefs", "/run/rpc_pipefs")
         self.run("touch", "/var/lib/nfs/etab", "/var/lib/nfs/rmtab")
         self.run("rpcbind", "-w")
-        self.run("exportfs", "-o", "rw,no_root_squash,fsid=0,no_subtree_check,insecure", "*:/export")
+        self.run("exportfs", "-o", EXPORT_OPTIONS, "*:/export")
         self.run("rpc.mountd")
         # Remembers clients across restarts; in a namespace nfsd cannot do that by itself, and would not end its grace.
         self.run("nfsdcld")
@@ -124,6 +126,17 @@ class KernelServer(Host):
         self.run("exportfs", "-f")
         self._serve()
 
+    def replace_export(self, export: Path) -> None:
+        """Another filesystem in the place of the exported one, as after a restore: every file handle changes."""
+        self.stop()
+        self.run("exportfs", "-au")
+        # By its device: a mount that was made outside since is not seen in there.
+        enter_mounts = ["nsenter", "-t", str(self._holder.pid), "-m", "--"]
+        image = run("findmnt", "-n", "-o", "SOURCE", export).strip()
+        run(*enter_mounts, "mount", image, "/export")
+        self.run("exportfs", "-o", EXPORT_OPTIONS, "*:/export")
+        self.restart()
+
 
 class GaneshaServer(Host):
     """nfs-ganesha, an ordinary program: it can be killed and frozen."""
@@ -134,11 +147,20 @@ class GaneshaServer(Host):
         folder = Path(f"/run/{self.name}")
         folder.mkdir(exist_ok=True)
         (folder / "ganesha.conf").write_text(GANESHA)
-        self.run("mkdir", "-p", "/var/lib/nfs/ganesha", "/export", "/run/ganesha")
+        self.run("mkdir", "-p", "/var/lib/nfs/ganesha", "/export/share", "/run/ganesha")
         self.run("sh", "-c", "pidof rpcbind || rpcbind -w")
         self._process = subprocess.Popen(
             self.command(
-                *("ganesha.nfsd", "-F", "-f", folder / "ganesha.conf", "-L", folder / "log", "-p", folder / "pid")
+                *(
+                    "ganesha.nfsd",
+                    "-F",
+                    "-f",
+                    folder / "ganesha.conf",
+                    "-L",
+                    folder / "log",
+                    "-p",
+                    folder / "pid",
+                )
             ),
             start_new_session=True,
         )
