@@ -36,6 +36,7 @@ from csi_driver.model import (
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.provision import access_type_of, grown_size, parse_parameters, provision, unsupported
+from csi_driver.staging import mount_flags
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,10 @@ class Controller:
                 return f"it is a {record.access_type} volume, not {capability.access_type}"
             if capability.fs_type and capability.fs_type != record.fs_type:
                 return f"its filesystem is {record.fs_type!r}, not {capability.fs_type!r}"
+            try:
+                mount_flags(capability, superblock=pool.backend.features.stages)
+            except InvalidArgument as error:
+                return str(error)
         return unsupported(pool, capabilities)
 
     def list_volumes(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
@@ -225,7 +230,7 @@ class Controller:
                 yield self._volume(pool, home, in_use=home.id in holders)
             except (NotFound, FileNotFoundError):
                 continue  # deleted since it was listed
-            except Error as error:
+            except (OSError, Error) as error:
                 # One volume that cannot be read must not hide the others; the health calls tell of it.
                 log.error("not listed: %s", error)
 

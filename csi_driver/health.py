@@ -28,7 +28,12 @@ class Health:
             return [HealthEntry(HealthStatus.DATA_LOSS, "RecordMissing", str(error))]
         except Error as error:
             return [HealthEntry(HealthStatus.DATA_LOSS, "RecordDamaged", str(error))]
-        return pool.backend.health(home, record)
+        except OSError as error:
+            return [_unreadable(home, error)]
+        try:
+            return pool.backend.health(home, record)
+        except OSError as error:
+            return [_unreadable(home, error)]
 
     def of_storage(self) -> list[StorageEntry]:
         """The conditions of all pools, as this node sees them."""
@@ -46,6 +51,12 @@ class Health:
             message = f"pool {pool.name!r}: has no room for another volume"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "Full", message))
         return entries
+
+
+def _unreadable(home: Home, error: OSError) -> HealthEntry:
+    return HealthEntry(
+        HealthStatus.INACCESSIBLE, "Unreadable", f"volume {home.id!r}: cannot be looked at: {error}"
+    )
 
 
 def _storage(pool: Pool, status: StorageStatus, reason: str, message: str) -> StorageEntry:

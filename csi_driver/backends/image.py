@@ -67,7 +67,7 @@ class ImageOptions(msgspec.Struct, frozen=True):
 
     provisioning: Literal["thick", "thin"] = "thick"
     overcommit: float = 1.0
-    """How many times the pool's room thin volumes may promise together; at least 1."""
+    """How many times the pool's room thin volumes may promise together; 1 to 1000."""
     preallocate: Literal["allocated", "zeroed"] = "allocated"
     """Whether a thick image's blocks are only its own when it is made, or written too: see docs/benchmarks.md."""
     fs_type: Literal["ext4", "xfs", "btrfs"] = "ext4"
@@ -80,8 +80,11 @@ class ImageBackend:
     def __init__(self, pool: PoolConfig) -> None:
         self._pool = pool
         self._options = read_options(pool, ImageOptions)
-        if self._options.overcommit < 1:
-            raise ConfigurationError(f"{pool.where} overcommit {self._options.overcommit}: give 1 or more")
+        # Written so that it refuses what is no number, too. The bound keeps GetCapacity's answer in 63 bits.
+        if not 1 <= self._options.overcommit <= 1000:
+            raise ConfigurationError(
+                f"{pool.where} overcommit {self._options.overcommit}: give a number from 1 to 1000"
+            )
         self._loops: dict[tuple[str, bool], int] = {}
 
     @property

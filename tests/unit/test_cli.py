@@ -103,7 +103,9 @@ def test_config_check_as_json_says_which_pool_takes_what_names_none(tmp_path: Pa
     [
         (IMAGE_POOL + "reservd = 1\n", "unknown key 'reservd'"),
         (IMAGE_POOL + 'backend = "zfs"\n', "backend 'zfs': no such backend"),
-        (IMAGE_POOL + "overcommit = 0.5\n", "overcommit 0.5: give 1 or more"),
+        (IMAGE_POOL + "overcommit = 0.5\n", "overcommit 0.5: give a number from 1 to 1000"),
+        (IMAGE_POOL + "overcommit = nan\n", "overcommit nan: give a number"),
+        (IMAGE_POOL + "overcommit = 1e9\n", "overcommit 1000000000.0: give a number"),
         ('[pools.Fast]\nroot = "/srv/fast"\n', "[pools.Fast]"),
         ("", "no pool is configured"),
     ],

@@ -2,10 +2,12 @@
 """The controller's semantics, over the memory backend."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from csi_driver.catalog import Home
 from csi_driver.errors import (
     Aborted,
     FailedPrecondition,
@@ -31,6 +33,7 @@ from csi_driver.model import (
 )
 from tests.rig import NODE_SEGMENTS, Kind, Rig, capability, configure, open_rig, volume
 from tests.unit.conftest import MEMORY, OpenRig
+from tests.unit.test_pool import interposed
 
 SIZE = 16 * MIB
 NOTHING = Capacity(0, 0, 0)
@@ -148,6 +151,8 @@ def test_validation_says_what_does_not_fit(rig: Rig) -> None:
     assert "filesystem" in validate(capability(fs_type="xfs"))
     assert "made with" in validate(capability(), parameters={"mode": "0777"})
     assert "volume_context" in validate(capability(), context={"a": "b"})
+    assert "bind options" in validate(replace(capability(), mount_flags=("noexec", "data=journal")))
+    assert validate(replace(capability(), mount_flags=("noexec",))) == ""
     with pytest.raises(NotFound):
         rig.controller.validate("nothing", (capability(),), {}, {})
 
@@ -215,6 +220,22 @@ def test_damaged_record_does_not_hide_the_others(rig: Rig) -> None:
     assert [one.id for one in listed] == [good]
     [(sick, [entry])], _ = rig.controller.list_health(0, "")
     assert (sick, entry.status, entry.reason) == (bad, HealthStatus.DATA_LOSS, "RecordDamaged")
+
+
+def test_volume_that_the_disk_will_not_show_does_not_hide_the_others(rig: Rig) -> None:
+    bad, good = (rig.controller.create_volume(volume(name, MIB)).id for name in "ab")
+
+    def unreadable(home: Home, *_: object) -> None:
+        if home.id == bad:
+            raise OSError(5, "Input/output error", "volume.json")
+
+    with interposed(rig.pool, size_bytes=unreadable, health=unreadable):
+        listed, _ = rig.controller.list_volumes(0, "")
+        [(sick, [entry])], _ = rig.controller.list_health(0, "")
+
+    assert [one.id for one in listed] == [good]
+    assert (sick, entry.status, entry.reason) == (bad, HealthStatus.INACCESSIBLE, "Unreadable")
+    assert "Input/output error" in entry.message
 
 
 # GetCapacity
