@@ -93,6 +93,8 @@ def grow(volume: Local, path: Path, staging: Path, size_bytes: int) -> None:
         if not _is_mounted(attachment, path):
             raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume.home.id!r} is not mounted there")
         if not privileges.can_grow_mounted(attachment.fs_type):
+            if not unmounted.has_room(attachment.path, size_bytes):
+                return  # grown when it was staged; kubelet asks until it is told so
             raise FailedPrecondition(
                 f"volume {volume.home.id!r}: its device has {size_bytes} bytes now; this process lacks "
                 f"CAP_SYS_RESOURCE, so its {attachment.fs_type} filesystem grows when it is next staged: end the "

@@ -22,7 +22,7 @@ def grow_ext4(device: Path, size_bytes: int, timeout_s: float = 600) -> bool:
 
     e2fsck(8) comes first, as resize2fs(8) demands. Raises run.CommandFailed: the filesystem is damaged, or in use.
     """
-    if not _has_room(device, size_bytes):
+    if not has_room(device, size_bytes):
         return False
     try:
         run(["e2fsck", "-f", "-p", device], timeout_s=timeout_s)
@@ -34,7 +34,8 @@ def grow_ext4(device: Path, size_bytes: int, timeout_s: float = 600) -> bool:
     return True
 
 
-def _has_room(device: Path, size_bytes: int) -> bool:
+def has_room(device: Path, size_bytes: int) -> bool:
+    """Whether the ext4 filesystem, mounted or not, is smaller than its device of `size_bytes`."""
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         block = os.pread(fd, 1024, _SUPERBLOCK)

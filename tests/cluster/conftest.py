@@ -5,7 +5,7 @@ The cluster is not started here: `make test-cluster` does, and `tests/cluster/cl
 driver into it.
 """
 
-import itertools
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -14,8 +14,6 @@ from tests.cluster import traces
 from tests.cluster.harness import layout
 from tests.cluster.kube import EXAMPLES, KubectlFailed, Namespace, kubectl, wait_until
 from tests.conftest import unavailable
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +31,12 @@ def cluster() -> None:
 @pytest.fixture
 def namespace(cluster: None) -> Iterator[Namespace]:
     """A fresh namespace; after the test nothing of it is left, in the cluster or on any node."""
-    one = Namespace(f"story-{next(_numbers)}")
+    one = Namespace(f"story-{secrets.token_hex(3)}")
     kubectl("create", "namespace", one.name)
     before = traces.of_all_nodes()
     yield one
     one.clear()
+    kubectl("delete", "namespace", one.name, "--wait=false")
     wait_until(
         lambda: traces.of_all_nodes() <= before,
         "volumes, loop devices and mounts of the test to be gone",
