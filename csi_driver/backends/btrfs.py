@@ -6,7 +6,6 @@ a pod makes inside its volume (any user may) become members too, with simple quo
 a snapshot made in there even makes the filesystem lose count: such pools are refused unless they ask for it.
 """
 
-import contextlib
 import errno
 import logging
 import time
@@ -110,9 +109,7 @@ class BtrfsBackend:
                     if not btrfs.is_subvolume(data.fd):
                         return
                     number = btrfs.subvolume_id(data.fd)
-                # Subvolumes cannot be deleted from a volume that is full.
-                with contextlib.suppress(FileNotFoundError):
-                    btrfs.set_limit(opened.fd, btrfs.qgroup_id(LEVEL, number), 0)
+                _lift_limit(opened.fd, number)
                 tree.remove_tree(opened.fd, PAYLOAD_DIRECTORY)
                 self._stale.add(number)
                 # Else the kernel waits up to half a minute before it gives the space back.
@@ -227,6 +224,16 @@ class BtrfsBackend:
                     raise
             else:
                 self._stale.discard(number)
+
+
+def _lift_limit(home_fd: int, number: int) -> None:
+    """Subvolumes cannot be deleted from a volume that is full."""
+    try:
+        btrfs.set_limit(home_fd, btrfs.qgroup_id(LEVEL, number), 0)
+    except OSError as error:
+        # No such group, or somebody has switched quotas off: what is not limited is not full.
+        if error.errno not in (errno.ENOENT, errno.ENOTCONN):
+            raise
 
 
 def _limit(home: Home, size_bytes: int) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only btrfs has: quotas that are off or of the wrong kind, and subvolumes that pods make in their volumes."""
 
+import errno
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -157,6 +159,20 @@ def test_quota_groups_go_with_their_volumes(scene: Scene, root_fd: int) -> None:
     assert rig.controller.get_volume(kept).size_bytes == 16 * MIB
     # 5 is the filesystem's own, and the volume has one of each level.
     assert len(btrfs.qgroup_numbers(root_fd, 0)) == 2
+
+
+def test_quotas_switched_off_keep_no_trash_and_nothing_half_made(scene: Scene, root_fd: int) -> None:
+    rig = scene.open()
+    volume_id = create(rig)
+    subprocess.run(["btrfs", "quota", "disable", os.fspath(scene.root)], check=True)
+
+    with pytest.raises(OSError) as caught:
+        create(rig, "b")
+    rig.controller.delete_volume(volume_id)
+    rig.settle()
+
+    assert caught.value.errno == errno.ENOTCONN
+    assert os.listdir(scene.root / "trash") == os.listdir(scene.root / "staging") == []
 
 
 def test_lost_limit_is_told_and_growing_sets_it_anew(scene: Scene, root_fd: int) -> None:
