@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csi_driver.backends.base import PAYLOAD_DIRECTORY, Device, Directory
 from csi_driver.catalog import Home
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
+from csi_driver.errors import Error, FailedPrecondition, InvalidArgument, NotFound, invalid
 from csi_driver.linux import files, filesystem, mount, privileges, unmounted
 from csi_driver.model import AccessType, Capability, Parameters, PublishRequest, Record
 from csi_driver.pool import Pool
@@ -199,11 +199,17 @@ def _mount(
             f"staging_target_path {os.fspath(staging)!r}: is no directory: the caller makes it"
         ) from error
     except OSError as error:
-        # Without options of the user's, an invalid argument is a filesystem that is not well.
-        if error.errno != errno.EINVAL or not options:
+        if error.errno not in (errno.EINVAL, errno.EUCLEAN):
             raise
-        raise InvalidArgument(
-            f"volume_capability.mount_flags {','.join(options)!r}: {device.fs_type} does not take them: {error.strerror}"
+        # Without options of the user's, an invalid argument is a filesystem that is not well.
+        if error.errno == errno.EINVAL and options:
+            raise InvalidArgument(
+                f"volume_capability.mount_flags {','.join(options)!r}: {device.fs_type} does not take them: "
+                f"{error.strerror}"
+            ) from error
+        raise Error(
+            f"volume {volume.home.id!r}: its {device.fs_type} filesystem cannot be mounted: {error.strerror}: check it "
+            "with its own tools (fsck); nothing here ever formats it"
         ) from error
 
 

@@ -142,10 +142,13 @@ class ImageBackend:
         """Nothing: the image goes with the home. A loop device still attached to it is a bug to be seen."""
 
     def size_bytes(self, home: Home) -> int:
-        return self._stat(home).st_size
+        try:
+            return self._stat(home).st_size
+        except FileNotFoundError as error:
+            raise Error(_missing(home)) from error
 
     def grow(self, home: Home, size_bytes: int) -> int:
-        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR)
+        fd = _open(home, os.O_RDWR)
         try:
             before = os.fstat(fd).st_size
             if before < size_bytes:
@@ -173,7 +176,7 @@ class ImageBackend:
         return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes
 
     def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Device:
-        fd = home.open(PAYLOAD_IMAGE, os.O_RDONLY if readonly else os.O_RDWR)
+        fd = _open(home, os.O_RDONLY if readonly else os.O_RDWR)
         try:
             # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
             discard = _is_thin(os.fstat(fd))
@@ -194,7 +197,7 @@ class ImageBackend:
         return _device(attached, record)
 
     def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Device | None:
-        fd = home.open(PAYLOAD_IMAGE)
+        fd = _open(home, os.O_RDONLY)
         try:
             found = self._find_loop(fd, home.id, readonly=readonly)
         finally:
@@ -234,8 +237,7 @@ class ImageBackend:
         try:
             image = self._stat(home)
         except FileNotFoundError:
-            message = f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing"
-            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", message)]
+            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", _missing(home))]
         entries = []
         if image.st_size < record.size_bytes:
             message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
@@ -266,6 +268,17 @@ class ImageBackend:
         if found is not None:
             self._loops[volume_id, readonly] = found.number
         return found
+
+
+def _open(home: Home, flags: int) -> int:
+    try:
+        return home.open(PAYLOAD_IMAGE, flags)
+    except FileNotFoundError as error:
+        raise Error(_missing(home)) from error
+
+
+def _missing(home: Home) -> str:
+    return f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing: restore it from a backup"
 
 
 def _format(home: Home, parameters: Parameters) -> None:

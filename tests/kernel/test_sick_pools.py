@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import FailedPrecondition, ResourceExhausted
+from csi_driver.errors import Error, FailedPrecondition, ResourceExhausted
 from csi_driver.model import (
     MIB,
     AccessMode,
     AccessType,
     Capability,
+    CapacityRange,
     HealthStatus,
     StorageStatus,
 )
@@ -108,7 +109,27 @@ def test_a_missing_or_short_image_is_lost_data_and_listed(scene: Scene) -> None:
         short.id: [(HealthStatus.DATA_LOSS, "ImageShort")],
     }
     assert scene.rig.node.volume_health(well.id) == []
+    for call in (
+        lambda: scene.stage(gone, BLOCK),
+        lambda: scene.publish(gone, wanted=BLOCK),
+        lambda: scene.rig.controller.get_volume(gone.id),
+        lambda: scene.rig.node.expand(gone.id, str(scene.kubelet), "", CapacityRange(16 * MIB)),
+    ):
+        with pytest.raises(Error, match=rf"{gone.id}.*is missing: restore it from a backup"):
+            call()
     scene.delete(gone)
+
+
+def test_a_filesystem_that_cannot_be_mounted_is_told_and_never_formatted(scene: Scene) -> None:
+    volume = scene.create("v", 32 * MIB)
+    image = scene.rig.pool.catalog.root / "volumes" / volume.id / "image"
+    image.write_bytes(b"\0" * 32 * MIB)
+
+    with pytest.raises(Error, match=rf"{volume.id}.*ext4.*cannot be mounted.*check it"):
+        scene.stage(volume)
+
+    assert not any(image.read_bytes())
+    scene.delete(volume)
 
 
 def test_a_filesystem_that_the_kernel_made_read_only_is_degraded(scene: Scene) -> None:
