@@ -123,7 +123,7 @@ def mounts_of_device(path: Path, device: int) -> list[Mount]:
 
     A container that starts again may have another /dev; what was bound from the old one shows the device still.
     """
-    named = [entry for entry in mounts() if os.path.basename(entry.root) == path.name]
+    named = mountinfo.mounts_named(path.name)
     return [entry for entry in named if (there := find_mounted(Path(entry.target))) and there.rdev == device]
 
 

@@ -160,6 +160,12 @@ def mounts_of(fd: int) -> list[Mount]:
     return [parse(line) for line in lines if shows(line)]
 
 
+def mounts_named(name: str) -> list[Mount]:
+    """All mounts that show something of this name in its filesystem. A plain name: no character that mountinfo escapes."""
+    end = b"/" + os.fsencode(name)
+    return [parse(line) for line in _lines() if line.split(b" ", 4)[3].endswith(end)]
+
+
 def mounts_beneath(fd: int) -> list[Mount]:
     """All mounts whose mount point is this directory (or file) itself or below it.
 
