@@ -6,6 +6,7 @@ of those files names the cache, so that an upgrade never meets an old program. N
 running the programs.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -51,11 +52,13 @@ PROGRAMS = (
 )
 
 
+@functools.cache
 def cache_directory() -> Path:
     digest = hashlib.sha256()
     for file in sorted(TOOLS.glob("*/go.*")):
         digest.update(file.read_bytes())
-    digest.update(HELM_VERSION.encode())
+    for flags in (*map(_version_flags, PROGRAMS), _helm_version_flags()):
+        digest.update(flags.encode())
     root = os.environ.get("ORLOP_CLUSTER_CACHE", os.fspath(Path.home() / ".cache/orlop/cluster"))
     return Path(root) / digest.hexdigest()[:16]
 
@@ -101,6 +104,8 @@ def _build(program: Program) -> None:
 
 def _version_flags(program: Program) -> str:
     """Kubernetes' programs say v0.0.0-master unless told; kubectl and the API server compare versions."""
+    if program.package.startswith(CSI):
+        return f"-X main.version={module_version(program.module, program.package.partition('/cmd/')[0])}"
     if not program.package.startswith("k8s.io/kubernetes/"):
         return ""
     version = module_version("kubernetes", "k8s.io/kubernetes")
