@@ -9,6 +9,7 @@ import errno
 import logging
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -127,16 +128,21 @@ class ImageBackend:
         return SizeLimits(FILESYSTEMS[chosen].minimum_bytes, LARGEST, SECTOR_BYTES)
 
     def make(self, home: Home, spec: VolumeSpec) -> None:
-        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        # Never the same name twice: the mkfs of a driver that was killed lives on, may open its image late, and must
+        # not find the one that is made here, which may hold data by the time it writes.
+        building = f".{secrets.token_hex(8)}.{PAYLOAD_IMAGE}"
+        fd = home.open(building, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             _extend(fd, 0, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
             if spec.access_type is AccessType.MOUNT:
-                _format(home, spec.parameters)
+                _format(home, building, spec.parameters)
             # Behind mkfs, which spares itself work on an image that is all zeros.
             self._preallocate(fd, 0, spec.size_bytes, thin=spec.parameters.thin)
             files.sync(fd)
         finally:
             os.close(fd)
+        path = f"{home.name}/{building}"
+        files.rename(home.area_fd, path, home.area_fd, f"{home.name}/{PAYLOAD_IMAGE}")
 
     def clear(self, home: Home) -> None:
         """Nothing: the image goes with the home. A loop device still attached to it is a bug to be seen."""
@@ -281,9 +287,9 @@ def _missing(home: Home) -> str:
     return f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing: restore it from a backup"
 
 
-def _format(home: Home, parameters: Parameters) -> None:
+def _format(home: Home, image: str, parameters: Parameters) -> None:
     try:
-        filesystem.make(parameters.fs_type, home.path / PAYLOAD_IMAGE, parameters.mkfs_options)
+        filesystem.make(parameters.fs_type, home.path / image, parameters.mkfs_options)
     except run.CommandMissing as error:
         raise ResourceExhausted(f"volume {home.id!r}: cannot be made on this node: {error}") from error
     except run.CommandFailed as error:
