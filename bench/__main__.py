@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from bench.calls import measure_calls
+from bench.copies import measure_copies
 from bench.isolation import enter_own_namespace
 from bench.lifecycles import measure_memory, measure_throughput
 from bench.many import measure_many
@@ -13,7 +14,7 @@ from bench.report import Report, machine
 from bench.scratch import scratch
 from bench.subjects import BACKENDS
 
-SECTIONS = ("calls", "lives", "many", "memory")
+SECTIONS = ("calls", "lives", "many", "memory", "copies")
 OUTPUT = Path(__file__).parents[1] / ".cache" / "bench" / "bench.json"
 
 
@@ -49,6 +50,9 @@ def main() -> int:
     if "memory" in sections:
         with scratch(arguments.beneath) as place:
             measure_memory(report, place, backend, lives=int(10_000 * share))
+    if "copies" in sections:
+        with scratch(arguments.beneath) as place:
+            measure_copies(report, place, rounds=max(5, int(50 * share)))
     report.write(arguments.output)
     report.print_end(arguments.output)
     return 0

@@ -20,14 +20,20 @@ from pathlib import Path
 
 from csi_driver import backends
 from csi_driver import config as configuration
+from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
 from csi_driver.config import Config, PoolConfig
 from csi_driver.controller import Controller
+from csi_driver.copies import Copier
 from csi_driver.errors import ConfigurationError
+from csi_driver.groups import Groups
 from csi_driver.health import Health
+from csi_driver.jobs import Jobs
 from csi_driver.linux import memory
+from csi_driver.linux.freeze import Freezer
 from csi_driver.locks import Locks
 from csi_driver.maintenance import Maintenance
+from csi_driver.metadata import ChangedBlocks
 from csi_driver.model import DriverFeatures, NodeInfo
 from csi_driver.node import Node
 from csi_driver.pool import Pool
@@ -38,7 +44,8 @@ from csi_driver.rpc.interceptor import Interceptor
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.registration import Registration
 from csi_driver.rpc.server import Server, parse_endpoint
-from csi_driver.rpc.servicers import ControllerService, Identity, NodeService
+from csi_driver.rpc.servicers import ControllerService, GroupService, Identity, MetadataService, NodeService
+from csi_driver.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +65,13 @@ class Driver:
     info: NodeInfo
     pools: Pools
     maintenance: Maintenance
+    copier: Copier
     calls: Calls
     handlers: Interceptor
 
     def close(self) -> None:
-        """Let other processes have the pools."""
+        """End what goes on in the background, and let other processes have the pools."""
+        self.copier.close()
         for pool in self.pools:
             pool.close()
 
@@ -96,19 +105,27 @@ def build(config: Config) -> Driver:
         features = _features(config, pools)
         info = _node_info(config, features)
         locks, health, calls = Locks(), Health(pools), Calls()
-        controller = Controller(pools, locks, health, info.segments, expands=features.grows_in_controller)
+        copier = Copier(Jobs(config.copy_jobs), Freezer(config.freeze_timeout_s))
+        groups = Groups(pools, locks, copier, info.segments)
+        groups.adopt()
+        snapshots = Snapshots(pools, locks, copier, info.segments)
+        controller = Controller(
+            pools, locks, health, copier, info.segments, expands=features.grows_in_controller
+        )
         node = Node(pools, locks, health, info)
         services = csi_pb2.DESCRIPTOR.services_by_name
         handlers = Interceptor(
             [
                 (services["Identity"], Identity(config.driver_name, features)),
-                (services["Controller"], ControllerService(controller, features, info.node_id)),
+                (services["Controller"], ControllerService(controller, snapshots, features, info.node_id)),
+                (services["GroupController"], GroupService(groups)),
+                (services["SnapshotMetadata"], _metadata(features, pools, locks)),
                 (services["Node"], NodeService(node, features)),
             ],
             calls,
         )
         undo.pop_all()
-        return Driver(config.driver_name, info, pools, Maintenance(pools), calls, handlers)
+        return Driver(config.driver_name, info, pools, Maintenance(pools), copier, calls, handlers)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -201,9 +218,15 @@ def _features(config: Config, pools: Pools) -> DriverFeatures:
     return DriverFeatures(
         stages=any(one.stages for one in features),
         grows_in_controller=grows and config.expansion == "controller",
+        has_blocks=any(one.payload == PAYLOAD_IMAGE for one in features),
         # Also after the controller has grown the payload: the filesystem in it is grown where it is mounted.
         grows_on_node=grows,
     )
+
+
+def _metadata(features: DriverFeatures, pools: Pools, locks: Locks) -> object:
+    # Without it, each of its methods is refused.
+    return MetadataService(ChangedBlocks(pools, locks)) if features.has_blocks else object()
 
 
 def _node_info(config: Config, features: DriverFeatures) -> NodeInfo:

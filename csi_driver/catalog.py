@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Homes and records on disk: what exists in a pool.
 
-A volume exists if and only if its directory stands in `volumes/`. It gets there by one rename, complete and
+A volume exists if and only if its directory stands in `volumes/`, a snapshot in `snapshots/`. It gets there by one rename, complete and
 synced, and leaves by one rename into `trash/`. There is no index. What a home's payload is, how much room there is
 and who may use it are not this module's business.
 
-    <root>/pool.json  lock  volumes/<id>/  snapshots/<id>/  staging/<id>/  trash/<id>.<n>/
+    <root>/pool.json  lock  volumes/<id>/  snapshots/<id>/  groups/<id>/  staging/<id>/  trash/<id>.<n>/
 """
 
 import errno
@@ -15,19 +15,27 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from csi_driver.errors import ConfigurationError, Error, NotFound
 from csi_driver.linux import files
-from csi_driver.model import Record, VolumeId
+from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
+
+R = TypeVar("R", bound=msgspec.Struct)
 
 SCHEMA = 1
 POOL_FILE = "pool.json"
-RECORD_FILE = "volume.json"
+RECORD_FILE, SNAPSHOT_FILE, GROUP_FILE = "volume.json", "snapshot.json", "group.json"
 LOCK_FILE = "lock"
-AREAS = VOLUMES, SNAPSHOTS, STAGING, TRASH = "volumes", "snapshots", "staging", "trash"
+AREAS = VOLUMES, SNAPSHOTS, GROUPS, STAGING, TRASH = "volumes", "snapshots", "groups", "staging", "trash"
+_PLACES: dict[type[msgspec.Struct], tuple[str, str]] = {
+    Record: (VOLUMES, RECORD_FILE),
+    SnapshotRecord: (SNAPSHOTS, SNAPSHOT_FILE),
+    GroupRecord: (GROUPS, GROUP_FILE),
+}
+"""Where a home with such a record stands, and what the record's file is called."""
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +48,7 @@ class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """The directory of one volume. `name` is the id, with a number behind it in the trash."""
+    """The directory of one volume or snapshot. `name` is the id, with a number behind it in the trash."""
 
     id: str
     name: str
@@ -118,14 +126,15 @@ class Catalog:
 
     def find(self, volume_id: str) -> Home | None:
         """The volume's home, or None."""
-        if not self._is_ours(volume_id):
-            return None
-        home = self._home(VOLUMES, volume_id)
-        try:
-            os.stat(home.name, dir_fd=home.area_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        return home
+        return self._standing(VOLUMES, volume_id) if self._is_ours(volume_id) else None
+
+    def find_snapshot(self, snapshot_id: str) -> Home | None:
+        """The snapshot's home, or None."""
+        return self._standing(SNAPSHOTS, snapshot_id) if self._is_ours(snapshot_id) else None
+
+    def find_group(self, group_id: str) -> Home | None:
+        """The home of a group of snapshots (its record alone), or None."""
+        return self._standing(GROUPS, group_id) if self._is_ours(group_id) else None
 
     def get(self, volume_id: str) -> Home:
         """The volume's home.
@@ -142,19 +151,45 @@ class Catalog:
         """The ids of all volumes, in order."""
         return [name for name in self._names(VOLUMES) if self._is_ours(name)]
 
+    def stands(self, home: Home) -> bool:
+        """Whether the home is still in its place."""
+        return self._standing(home.area, home.name) is not None
+
     def home(self, volume_id: str) -> Home:
         """The home of an id that `ids` gave; does not look."""
         return self._home(VOLUMES, volume_id)
 
+    def snapshots(self) -> list[Home]:
+        """The homes of all snapshots, in the order of their ids."""
+        return [self._home(SNAPSHOTS, name) for name in self._names(SNAPSHOTS) if self._is_ours(name)]
+
     def read(self, home: Home) -> Record:
-        """The home's record.
+        """The volume's record.
 
         Raises:
             NotFound: the volume went away meanwhile.
             ConfigurationError: written by a newer version.
             Error: it is damaged.
         """
-        return _decode(_raw(home), home)
+        return _decode(_raw(home, RECORD_FILE), home, Record)
+
+    def read_snapshot(self, home: Home) -> SnapshotRecord:
+        """The snapshot's record; raises as `read` does."""
+        return _decode(_raw(home, SNAPSHOT_FILE), home, SnapshotRecord)
+
+    def read_group(self, home: Home) -> GroupRecord:
+        """The group's record; raises as `read` does."""
+        return _decode(_raw(home, GROUP_FILE), home, GroupRecord)
+
+    def shares(self, home: Home) -> dict[str, int]:
+        """What the home of either kind, also in the trash, shares with volumes; nothing if it has no record."""
+        for file in (RECORD_FILE, SNAPSHOT_FILE):
+            try:
+                raw = _raw(home, file)
+            except NotFound:
+                continue
+            return msgspec.convert(raw.get("shares", {}), dict[str, int])
+        return {}
 
     # Making and removing
 
@@ -164,26 +199,27 @@ class Catalog:
         os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
         return home
 
-    def publish(self, home: Home, record: Record) -> Home:
-        """Make a filled staging home a volume: record written, all synced, one rename.
+    def publish(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> Home:
+        """Make a filled staging home a volume, a snapshot or a group: record written, all synced, one rename.
 
-        The backend has synced the payload. After a crash the home is either in staging or whole in `volumes/`.
+        The backend has synced the payload. After a crash the home is either in staging or whole in its place.
         """
+        area, file = _PLACES[type(record)]
         home_fd = home.open_directory()
         try:
             # Not by a rename of its own: the home's is the one that counts, and each of them costs a commit on the disk.
-            files.write_new(home_fd, RECORD_FILE, _encode(record))
+            files.write_new(home_fd, file, _encode(record))
             files.sync(home_fd)
         finally:
             os.close(home_fd)
-        volume = self._home(VOLUMES, home.id)
-        files.rename(home.area_fd, home.name, volume.area_fd, volume.name)
-        files.sync(volume.area_fd)
-        return volume
+        made = self._home(area, home.id)
+        files.rename(home.area_fd, home.name, made.area_fd, made.name)
+        files.sync(made.area_fd)
+        return made
 
     def update(self, home: Home, **changes: Any) -> None:
         """Change fields of a record on disk; fields this version does not know stay."""
-        raw = _raw(home) | changes
+        raw = _raw(home, RECORD_FILE) | changes
         home_fd = home.open_directory()
         try:
             files.write_atomic(home_fd, RECORD_FILE, _encode(raw))
@@ -192,7 +228,7 @@ class Catalog:
             os.close(home_fd)
 
     def trash(self, home: Home, *, keep: bool = True) -> Home:
-        """Take a volume out of existence by one rename; its files go later, by `remove`.
+        """Take a volume or snapshot out of existence by one rename; its files go later, by `remove`.
 
         Not to `keep` it means that no retention holds it back.
         """
@@ -211,12 +247,7 @@ class Catalog:
 
     def find_staged(self, volume_id: str) -> Home | None:
         """The half-made home of this id, if a build has left one."""
-        home = self._home(STAGING, volume_id)
-        try:
-            os.stat(home.name, dir_fd=home.area_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        return home
+        return self._standing(STAGING, volume_id)
 
     def trashed(self) -> Iterator[tuple[Home, float]]:
         """The deleted homes and when each was deleted, in seconds since the epoch."""
@@ -226,7 +257,7 @@ class Catalog:
             yield Home(volume_id, name, TRASH, self._areas[TRASH], self.root / TRASH), when
 
     def remove(self, home: Home) -> None:
-        """Remove a staging or trash home's files; refuses volumes, and anything with a mount in it."""
+        """Remove a staging or trash home's files; refuses what exists, and anything with a mount in it."""
         if home.area not in (STAGING, TRASH):
             raise Error(f"{home.path}: only staging and trash are ever removed")
         files.remove_tree(home.area_fd, home.name)
@@ -242,6 +273,14 @@ class Catalog:
 
     def _home(self, area: str, volume_id: str) -> Home:
         return Home(volume_id, volume_id, area, self._areas[area], self.root / area)
+
+    def _standing(self, area: str, volume_id: str) -> Home | None:
+        home = self._home(area, volume_id)
+        try:
+            os.stat(home.name, dir_fd=home.area_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return home
 
     def _is_ours(self, volume_id: str) -> bool:
         parsed = VolumeId.find(volume_id)
@@ -290,36 +329,41 @@ def _check_unused(root: Path, root_fd: int) -> None:
         )
 
 
-def _raw(home: Home) -> dict[str, Any]:
+def _raw(home: Home, file: str) -> dict[str, Any]:
     try:
-        content = files.read(home.area_fd, f"{home.name}/{RECORD_FILE}")
+        content = files.read(home.area_fd, f"{home.name}/{file}")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise NotFound(f"volume {home.id!r}: has no record at {home.path / RECORD_FILE}") from error
+            raise NotFound(f"{_called(file)} {home.id!r}: has no record at {home.path / file}") from error
         raise
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise Error(
-            f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}"
+            f"{_called(file)} {home.id!r}: its record {home.path / file} is damaged: {error}"
         ) from error
 
 
-def _decode(raw: dict[str, Any], home: Home) -> Record:
+def _decode(raw: dict[str, Any], home: Home, kind: type[R]) -> R:
+    file = _PLACES[kind][1]
     schema = raw.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise ConfigurationError(
-            f"volume {home.id!r}: its record was written by a newer version of Orlop (schema {schema}, this one "
-            f"knows {SCHEMA}): install that version again"
+            f"{_called(file)} {home.id!r}: its record was written by a newer version of Orlop (schema {schema}, this "
+            f"one knows {SCHEMA}): install that version again"
         )
     try:
-        return msgspec.convert(raw, Record)
+        return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise Error(
-            f"volume {home.id!r}: its record {home.path / RECORD_FILE} is damaged: {error}"
+            f"{_called(file)} {home.id!r}: its record {home.path / file} is damaged: {error}"
         ) from error
 
 
-def _encode(record: Record | dict[str, Any]) -> bytes:
+def _called(file: str) -> str:
+    return file.removesuffix(".json")
+
+
+def _encode(record: Record | SnapshotRecord | GroupRecord | dict[str, Any]) -> bytes:
     # A person may have to read it one day, without this program.
     return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"

@@ -53,6 +53,8 @@ class PoolConfig:
     classes: tuple[str, ...] = ()
     static_roots: tuple[Path, ...] = ()
     mounted: bool = False
+    copy_bandwidth: int = 0
+    """Bytes a second that background copies into the pool may move together; 0: no limit."""
     options: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
 
@@ -75,6 +77,8 @@ class Config:
     retired_tags: frozenset[str] = frozenset()
     workers: int = 16
     drain_timeout_s: float = 20.0
+    freeze_timeout_s: float = 5.0
+    copy_jobs: int = 2
 
 
 class _Pool(msgspec.Struct, forbid_unknown_fields=True):
@@ -85,6 +89,7 @@ class _Pool(msgspec.Struct, forbid_unknown_fields=True):
     classes: list[str] = []
     static_roots: list[str] = []
     mounted: bool = False
+    copy_bandwidth: str | int = 0
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -98,6 +103,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     retired_tags: list[str] = []
     workers: int = 16
     drain_timeout: str | int = "20s"
+    freeze_timeout: str | int = "5s"
+    copy_jobs: int = 2
     pools: dict[str, dict[str, Any]] = {}
 
 
@@ -139,6 +146,8 @@ def parse(text: str, name: str = "configuration") -> Config:
         retired_tags=frozenset(file.retired_tags),
         workers=file.workers,
         drain_timeout_s=_at(f"{name}: drain_timeout", parse_duration, file.drain_timeout),
+        freeze_timeout_s=_at(f"{name}: freeze_timeout", parse_duration, file.freeze_timeout),
+        copy_jobs=file.copy_jobs,
     )
 
 
@@ -209,6 +218,7 @@ def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
         classes=tuple(parsed.classes),
         static_roots=tuple(_absolute(f"{where} static_roots", root) for root in parsed.static_roots),
         mounted=parsed.mounted,
+        copy_bandwidth=_at(f"{where} copy_bandwidth", parse_size, parsed.copy_bandwidth),
         options={key: value for key, value in table.items() if key not in common},
         where=where,
     )
@@ -230,6 +240,8 @@ def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None
             )
     if not 1 <= file.workers <= 256:
         raise ConfigurationError(f"{name}: workers {file.workers}: give a number from 1 to 256")
+    if not 1 <= file.copy_jobs <= 64:
+        raise ConfigurationError(f"{name}: copy_jobs {file.copy_jobs}: give a number from 1 to 64")
     if file.max_volumes_per_node < 0:
         raise ConfigurationError(
             f"{name}: max_volumes_per_node {file.max_volumes_per_node}: give 0 (found out) or more"

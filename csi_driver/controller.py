@@ -6,8 +6,10 @@ Requests arrive checked (`rpc.convert`); mounts are `node`'s business, homes and
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 from csi_driver.catalog import Home
+from csi_driver.copies import Copier, check_ended
 from csi_driver.errors import (
     Aborted,
     Error,
@@ -35,7 +37,7 @@ from csi_driver.model import (
 )
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
-from csi_driver.provision import access_type_of, grown_size, parse_parameters, provision, unsupported
+from csi_driver.provision import Copying, access_type_of, grown_size, parse_parameters, provision, unsupported
 from csi_driver.staging import mount_flags
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,16 @@ class Controller:
     """CSI Controller service. `segments` is this node's topology, and so that of every volume made here."""
 
     def __init__(
-        self, pools: Pools, locks: Locks, health: Health, segments: Segments, *, expands: bool
+        self,
+        pools: Pools,
+        locks: Locks,
+        health: Health,
+        copier: Copier,
+        segments: Segments,
+        *,
+        expands: bool,
     ) -> None:
+        self._copier = copier
         self._pools = pools
         self._locks = locks
         self._health = health
@@ -64,10 +74,13 @@ class Controller:
 
         CSI: CreateVolume.
         """
-        with self._locks.hold(name_hash(request.name)):
+        with ExitStack() as held:
+            source = [lock_key(request.source.id)] if request.source else []
+            self._check_job(request.name)
+            held.enter_context(self._locks.hold(name_hash(request.name), shared=source))
             self._check_topology(request.topology)
             self._check_place(request.parameters)
-            pool, home = provision(self._pools, request)
+            pool, home = provision(self._pools, request, Copying(self._copier, held))
             return self._volume(pool, home, in_use=False)
 
     def delete_volume(self, volume_id: str) -> None:
@@ -78,6 +91,9 @@ class Controller:
 
         CSI: DeleteVolume.
         """
+        # One that is still being copied will not exist.
+        if self._copier.jobs.call_off(volume_id):
+            raise Aborted(f"volume {volume_id!r}: a copy into it is being called off: repeat")
         with self._locks.hold(lock_key(volume_id)):
             found = self._pools.find(volume_id)
             if found is None:
@@ -212,6 +228,13 @@ class Controller:
         return sick, ""
 
     # Parts
+
+    def _check_job(self, name: str) -> None:
+        """Tell how a copy in the background goes that an earlier call began, or in what it has ended."""
+        for pool in self._pools:
+            volume_id = pool.id_of(name)
+            check_ended(self._copier.jobs.find(volume_id))
+            self._copier.jobs.take_failure(volume_id)
 
     def _volume(self, pool: Pool, home: Home, *, in_use: bool) -> Volume:
         record = pool.catalog.read(home)

@@ -2,7 +2,8 @@
 """Locks by key that refuse instead of waiting, so that a slow volume never holds up a worker thread."""
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from csi_driver.errors import Aborted
@@ -14,24 +15,28 @@ class Locks:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._held: set[str] = set()
+        self._shared: Counter[str] = Counter()
 
     @contextmanager
-    def hold(self, *keys: str) -> Iterator[None]:
-        """Hold all of `keys` or none.
+    def hold(self, *keys: str, shared: Collection[str] = ()) -> Iterator[None]:
+        """Hold all of `keys` or none; those `shared` with others that only read. Not bound to a thread.
 
         Raises:
             Aborted: another call holds one of them (CSI: operation pending for the volume).
         """
-        wanted = set(keys)
+        wanted, read = set(keys), set(shared) - set(keys)
         with self._guard:
-            busy = wanted & self._held
+            busy = (wanted | read) & self._held | {key for key in wanted if self._shared[key]}
             if busy:
                 raise Aborted(
                     f"another call is working on {', '.join(sorted(busy))}: repeat when it has ended"
                 )
             self._held |= wanted
+            self._shared.update(read)
         try:
             yield
         finally:
             with self._guard:
                 self._held -= wanted
+                self._shared.subtract(read)
+                self._shared += Counter()  # drop what nobody holds any more

@@ -121,6 +121,8 @@ class VolumeSpec:
     size_bytes: int
     access_type: AccessType
     parameters: Parameters = Parameters()
+    snapshot: bool = False
+    """Nobody will ever write to it."""
 
 
 PLACEMENT_KEYS = ("pool", "type", "regionId", "zoneId")
@@ -147,6 +149,11 @@ def name_hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def snapshot_hash(name: str) -> str:
+    """The same of a snapshot or a group of them: another one than that of a volume which is called so too."""
+    return name_hash(f"snapshot\n{name}")
+
+
 @dataclass(frozen=True, slots=True)
 class VolumeId:
     """`<pool>-<tag>-<hash>`: the pool's name, 8 hex digits of its uuid, 32 of sha256(name)."""
@@ -171,6 +178,24 @@ def lock_key(volume_id: str) -> str:
     return parsed.hash if parsed else name_hash(volume_id)
 
 
+class GroupRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`group.json`: snapshots that show one moment. They exist if and only if this does."""
+
+    schema: int
+    id: str
+    name: str
+    created_at: float
+    snapshots: dict[str, str]
+    """Volume id to snapshot id."""
+
+
+class SourceKind(StrEnum):
+    """What a volume can be copied from."""
+
+    SNAPSHOT = "snapshot"
+    VOLUME = "volume"
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`volume.json`: what the storage cannot say of itself, enough to write the PersistentVolume anew.
 
@@ -191,7 +216,41 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pvc_name: str = ""
     pv_name: str = ""
     source: str = ""
+    """The snapshot or volume that it was copied from, and which of the two that was."""
+    source_kind: SourceKind | None = None
+    shares: dict[str, int] = {}
+    """Volume id to how many bytes that it wrote this one may keep from being freed: what a copy shares."""
     ephemeral: bool = False
+
+
+class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`snapshot.json`: a volume at one moment, and enough of its volume to make one like it."""
+
+    schema: int
+    id: str
+    name: str
+    source: str
+    """The volume's id; the volume may be gone."""
+    size_bytes: int
+    """What the volume was provisioned with."""
+    access_type: AccessType
+    fs_type: str = ""
+    parameters: dict[str, str] = {}
+    """The volume's."""
+    created_at: float = 0.0
+    """The moment that it shows, in seconds since the epoch."""
+    group: str = ""
+    shares: dict[str, int] = {}
+    pvc_namespace: str = ""
+    pvc_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """VolumeContentSource of the specification."""
+
+    kind: SourceKind
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +266,24 @@ class VolumeRequest:
     pvc_name: str = ""
     pv_name: str = ""
     ephemeral: bool = False
+    source: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot as callers see it."""
+
+    record: SnapshotRecord
+    ready: bool = True
+    segments: Segments = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of snapshots as callers see it."""
+
+    record: GroupRecord
+    snapshots: tuple[Snapshot, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,3 +391,5 @@ class DriverFeatures:
     """Some pool's volumes are mounted once per node before they are published."""
     grows_in_controller: bool
     grows_on_node: bool
+    has_blocks: bool = False
+    """Some pool's snapshots are images, whose changed blocks can be told."""

@@ -7,26 +7,36 @@ the volume's lock. What CSI makes of it is `controller`'s and `node`'s business.
 
 import errno
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
+
+import msgspec
 
 from csi_driver.backends.base import Backend
-from csi_driver.catalog import AREAS, Catalog, Home
+from csi_driver.catalog import AREAS, SNAPSHOTS, Catalog, Home
 from csi_driver.config import PoolConfig
 from csi_driver.errors import Aborted, ConfigurationError, Error, FailedPrecondition, ResourceExhausted
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     PLACEMENT_KEYS,
     AccessType,
     Capacity,
+    GroupRecord,
     Parameters,
     Record,
     SizeLimits,
+    SnapshotRecord,
     VolumeId,
     VolumeSpec,
     name_hash,
+    snapshot_hash,
 )
+from csi_driver.shares import Shares
 from csi_driver.space import Space
 
 log = logging.getLogger(__name__)
@@ -34,6 +44,17 @@ log = logging.getLogger(__name__)
 # Counting is linear in the volumes; calls that are refused one after the other share one count.
 _COUNT_AGAIN_S = 1.0
 _CLOCK_SLACK_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOrder:
+    """What to copy into what: a volume or snapshot (`source`, in `origin`) into a new home with `record`."""
+
+    origin: "Pool"
+    source: Home
+    spec: VolumeSpec
+    record: Record | SnapshotRecord
+    transfer: Transfer = field(default_factory=Transfer)
 
 
 class Pool:
@@ -45,6 +66,9 @@ class Pool:
         self.catalog = catalog
         self.backend = backend
         self.space = Space(backend.store, config.reserved)
+        self._shares = Shares()
+        # What a volume may write beyond its size is looked up, set and counted by one thread at a time.
+        self._allowing = threading.Lock()
         self._counted_at = 0.0
         self.on_trash: Callable[[], None] = lambda: None
         self.damaged: dict[str, str] = {}
@@ -58,17 +82,14 @@ class Pool:
         """
         self._discard_all()
         self.damaged = {}
-        shares = {}
-        for volume_id in self.catalog.ids():
-            self._check_name(volume_id)
-            try:
-                shares[volume_id] = self._share(self.catalog.home(volume_id))
-            except ConfigurationError:
-                raise
-            except (OSError, Error) as error:
-                # The others can still be served.
-                log.error("pool %s: volume %s: %s", self.name, volume_id, error)
-                self.damaged[volume_id] = str(error)
+        shares: dict[str, tuple[int, int]] = {}
+        volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
+        snapshots = self.catalog.snapshots()
+        self._adopt_shares([*volumes, *snapshots, *(home for home, _ in self.catalog.trashed())])
+        for home in volumes:
+            self._adopt(home, self._share_at_start, shares)
+        for home in snapshots:
+            self._adopt(home, self._snapshot_share, shares)
         for home, _ in self.catalog.trashed():
             try:
                 size = self.backend.written_bytes(home)
@@ -87,6 +108,22 @@ class Pool:
     def id_of(self, name: str) -> str:
         """The id that a volume of this name has, or would have, in this pool."""
         return str(VolumeId(self.name, self.catalog.tag, name_hash(name)))
+
+    def snapshot_id_of(self, name: str) -> str:
+        """The id that a snapshot of this name has, or would have, in this pool."""
+        return str(VolumeId(self.name, self.catalog.tag, snapshot_hash(name)))
+
+    def group_id_of(self, name: str) -> str:
+        """The id that a group of this name has, or would have, whose first volume is in this pool."""
+        return self.snapshot_id_of(f"group\n{name}")
+
+    def shares_with(self, origin: Self) -> bool:
+        """Whether a copy of what is in `origin`, made here, shares its storage."""
+        return origin is self and self.backend.features.shares_copies
+
+    def copies_at_once(self, origin: Self) -> bool:
+        """Whether such a copy is made in a moment."""
+        return origin is self and self.backend.features.instant_copies
 
     def areas(self) -> list[Path]:
         """The directories that homes are kept in."""
@@ -140,10 +177,7 @@ class Pool:
             ResourceExhausted: no room; nothing is left behind.
             Aborted: it failed, and so did undoing it: repeat.
         """
-        if not self.is_present():
-            raise ResourceExhausted(
-                f"pool {self.name!r}: {self.catalog.root} is not there any more: is its disk mounted?"
-            )
+        self._check_present()
         promised = self.backend.promised_bytes(spec.size_bytes, spec.parameters)
         needed = promised or spec.size_bytes
         with self._no_room(record.id):
@@ -160,6 +194,45 @@ class Pool:
                 raise
         return home
 
+    @contextmanager
+    def copying(self, order: CopyOrder) -> Iterator[Callable[[], None]]:
+        """Make a volume or snapshot by copying. The body calls what it gets, which brings the content over.
+
+        Where copies share storage that is a moment, and the body sees to it that the source is still. The copy exists
+        when the body has ended well and not before; nothing is left of it otherwise.
+
+        Raises:
+            ResourceExhausted: no room; nothing is left behind.
+            Aborted: it failed, and so did undoing it: repeat.
+        """
+        self._check_present()
+        share = self.shares_with(order.origin)
+        record = msgspec.structs.replace(order.record, shares=self._shared_by(order) if share else {})
+        with self._no_room(record.id):
+            self._discard_leftover(record.id)
+            promised, from_source = self._charge(order, record, share=share)
+            needed = promised + from_source
+            self._count_if_short(needed)
+            lasting = not self.copies_at_once(order.origin)
+            with self.space.reserve(record.id, needed, needed, lasting=lasting):
+                self._shares.add(record.id, record.shares)
+                try:
+                    with self._staged(record.id, lambda: record) as home:
+                        self._settle_held(record.shares)
+                        yield lambda: self.backend.copy(
+                            home, order.source, order.spec, order.transfer, share=share
+                        )
+                        if share:
+                            # Only now is all counted that the source wrote until that moment.
+                            record = msgspec.structs.replace(record, shares=self._shared_by(order))
+                            self._shares.add(record.id, record.shares)
+                            self._settle_held(record.shares)
+                        self.backend.finish(home, order.spec)
+                except BaseException:
+                    self._settle_held(self._shares.drop(record.id))
+                    raise
+                self._settle_copy(order, record, promised, share=share)
+
     def grow(self, home: Home, record: Record, size_bytes: int) -> int:
         """Make the volume's payload at least so large; the actual size comes back. Never shrinks.
 
@@ -172,12 +245,14 @@ class Pool:
         promised = self.backend.promised_bytes(wanted, parameters)
         needed = promised - self.backend.promised_bytes(before, parameters)
         self._count_if_short(needed)
+        promised += self._held(home.id) if promised else 0
         with self._no_room(home.id):
             try:
                 with self.space.reserve(home.id, promised, needed):
                     # Also when it is that large already: a crash may have left what lies above the payload behind.
-                    actual = self.backend.grow(home, wanted)
-                    self.space.settle(home.id, self.backend.written_bytes(home))
+                    with self._allowing:
+                        actual = self.backend.grow(home, wanted)
+                    self.space.settle(home.id, self._written(home))
             except BaseException:
                 # It may have grown all the same.
                 with suppress(OSError, Error):
@@ -199,14 +274,26 @@ class Pool:
                 f"volume {home.id!r}: still in use on this node ({holder}): end the pods that use it; "
                 "kubelet then unpublishes and unstages it"
             )
+        self._trash(home, keep=keep)
+
+    def create_group(self, record: GroupRecord) -> Home:
+        """Make a group, which its snapshots, made before, have waited for."""
+        self._discard_leftover(record.id)
+        home = self.catalog.stage(record.id)
         try:
-            trashed = self.catalog.trash(home, keep=keep)
-        except OSError:
-            if self.catalog.find(home.id) is None:
-                self.space.forget(home.id)
+            return self.catalog.publish(home, record)
+        except BaseException:
+            if self.catalog.find_group(record.id) is None:
+                self.catalog.remove(home)
             raise
-        self.space.move(home.id, trashed.name)
-        self.on_trash()
+
+    def delete_group(self, home: Home) -> None:
+        """Take a group out of existence; its snapshots are to follow."""
+        self._trash(home, keep=False)
+
+    def delete_snapshot(self, home: Home) -> None:
+        """Take a snapshot out of existence; what was restored from it stays. Its files go as a volume's do."""
+        self._trash(home, keep=True)
 
     # Maintenance
 
@@ -226,6 +313,7 @@ class Pool:
             try:
                 with self.space.release(home.name):
                     self._discard(home)
+                self._settle_held(self._shares.drop(home.name))
             except (OSError, Error) as error:
                 # One that cannot go yet (something is mounted in it) must not keep the others.
                 failures.append(error)
@@ -239,7 +327,7 @@ class Pool:
         written = {}
         for volume_id in self.catalog.ids():
             try:
-                written[volume_id] = self.backend.written_bytes(self.catalog.home(volume_id))
+                written[volume_id] = self._written(self.catalog.home(volume_id))
             except FileNotFoundError:
                 continue  # deleted since it was listed
             except OSError as error:
@@ -251,27 +339,165 @@ class Pool:
         # A crash in `grow` leaves the storage ahead of the record.
         size_bytes = max(record.size_bytes, self.backend.size_bytes(home))
         promised = self.backend.promised_bytes(size_bytes, self.parameters(record))
-        return promised, self.backend.written_bytes(home)
+        return promised + (self._held(home.id) if promised else 0), self._written(home)
+
+    def _share_at_start(self, home: Home) -> tuple[int, int]:
+        share = self._share(home)
+        if self.backend.features.writer_pays:
+            record = self.catalog.read(home)
+            self.backend.allow(
+                home, max(record.size_bytes, self.backend.size_bytes(home)), self._held(home.id)
+            )
+        return share
+
+    def _snapshot_share(self, home: Home) -> tuple[int, int]:
+        """Nobody writes to it: it is counted for what it has, or, where it shares, with its volume."""
+        record = self.catalog.read_snapshot(home)
+        written = 0 if record.shares else self.backend.written_bytes(home)
+        return written, written
+
+    def _written(self, home: Home) -> int:
+        return self.backend.written_bytes(home, shared=self._shares.involve(home.id))
+
+    def _held(self, volume_id: str) -> int:
+        return self._shares.held(volume_id) if self.backend.features.writer_pays else 0
+
+    def _adopt(
+        self,
+        home: Home,
+        count: Callable[[Home], tuple[int, int]],
+        shares: dict[str, tuple[int, int]],
+    ) -> None:
+        self._check_name(home.id)
+        try:
+            shares[home.id] = count(home)
+        except ConfigurationError:
+            raise
+        except (OSError, Error) as error:
+            # The others can still be served.
+            log.error("pool %s: %s: %s", self.name, home.path, error)
+            self.damaged[home.id] = str(error)
+
+    def _adopt_shares(self, homes: list[Home]) -> None:
+        self._shares.clear()
+        for home in homes:
+            try:
+                self._shares.add(home.name, self.catalog.shares(home))
+            except (OSError, Error, msgspec.ValidationError):
+                continue  # told of where the home itself is looked at
+
+    # Copies
+
+    def _shared_by(self, order: CopyOrder) -> dict[str, int]:
+        """What a copy that shares its storage may hold of which volumes."""
+        if order.source.area == SNAPSHOTS:
+            return self.catalog.read_snapshot(order.source).shares
+        own = self.backend.written_bytes(order.source) if self.backend.features.writer_pays else 0
+        return {**self.catalog.read(order.source).shares, order.source.id: own}
+
+    def _charge(self, order: CopyOrder, record: Record | SnapshotRecord, *, share: bool) -> tuple[int, int]:
+        """Bytes that the copy itself may take in the end, and those that its source may have to take anew."""
+        if isinstance(record, Record):
+            promised = self.backend.promised_bytes(order.spec.size_bytes, order.spec.parameters)
+        else:
+            promised = 0 if share else self.backend.content_bytes(order.source)
+        if not share or order.source.area == SNAPSHOTS:
+            return promised, 0
+        if self.backend.features.writer_pays:
+            return promised, max(0, record.shares[order.source.id] - self._held(order.source.id))
+        # Whatever it overwrites from now on takes room once more.
+        return promised, self.space.written(order.source.id)
+
+    def _settle_copy(
+        self, order: CopyOrder, record: Record | SnapshotRecord, promised: int, *, share: bool
+    ) -> None:
+        """Turn the room that was promised to the making into what it is for, once it is made."""
+        if isinstance(record, SnapshotRecord) and share:
+            self.space.forget(record.id)
+        else:
+            home = (
+                self.catalog.get(record.id)
+                if isinstance(record, Record)
+                else self.catalog.find_snapshot(record.id)
+            )
+            written = 0 if share or home is None else self.backend.written_bytes(home)
+            self.space.add(
+                record.id, max(promised, written) if isinstance(record, Record) else written, written
+            )
+        if not share or order.source.area == SNAPSHOTS:
+            return
+        size_bytes = self.backend.size_bytes(order.source)
+        parameters = self.parameters(self.catalog.read(order.source))
+        own = self.backend.promised_bytes(size_bytes, parameters)
+        own += self._held(order.source.id) if own else 0
+        pays = self.backend.features.writer_pays
+        self.space.share(order.source.id, own, self.space.written(order.source.id) if pays else 0)
+
+    def _settle_held(self, volume_ids: Iterable[str]) -> None:
+        """Let these volumes write beyond their sizes what copies of them hold now, and count it."""
+        if not self.backend.features.writer_pays:
+            return
+        for volume_id in volume_ids:
+            home = self.catalog.find(volume_id)
+            if home is None:
+                continue
+            with self._allowing:
+                record = self.catalog.read(home)
+                size_bytes = max(record.size_bytes, self.backend.size_bytes(home))
+                held = self._held(volume_id)
+                self.backend.allow(home, size_bytes, held)
+                promised = self.backend.promised_bytes(size_bytes, self.parameters(record))
+                if promised:
+                    self.space.share(volume_id, promised + held, self.space.written(volume_id))
+
+    def _trash(self, home: Home, *, keep: bool) -> None:
+        try:
+            trashed = self.catalog.trash(home, keep=keep)
+        except OSError:
+            if not self.catalog.stands(home):
+                self.space.forget(home.id)
+            raise
+        self._shares.move(home.id, trashed.name)
+        self.space.move(home.id, trashed.name)
+        self.on_trash()
+
+    # Building
+
+    def _check_present(self) -> None:
+        if not self.is_present():
+            raise ResourceExhausted(
+                f"pool {self.name!r}: {self.catalog.root} is not there any more: is its disk mounted?"
+            )
 
     def _build(self, spec: VolumeSpec, record: Record) -> Home:
-        home = self.catalog.stage(record.id)
-        try:
+        with self._staged(record.id, lambda: record) as home:
             self.backend.make(home, spec)
-            return self.catalog.publish(home, record)
+        return self.catalog.home(record.id)
+
+    @contextmanager
+    def _staged(self, made_id: str, record: Callable[[], Record | SnapshotRecord]) -> Iterator[Home]:
+        """A home in staging for the body to fill; published, with the record then, when that ends well, else removed."""
+        home = self.catalog.stage(made_id)
+        try:
+            yield home
+            self.catalog.publish(home, record())
         except BaseException as failure:
-            if self.catalog.find(record.id) is not None:
-                # Only the last sync failed: the volume stands, and a repeat finds it or not.
-                raise Aborted(
-                    f"volume {record.id!r}: made, but not surely on disk ({failure}): repeat"
-                ) from failure
+            if self._stands(record()):
+                # Only the last sync failed: it stands, and a repeat finds it or not.
+                raise Aborted(f"{made_id!r}: made, but not surely on disk ({failure}): repeat") from failure
             try:
                 self._discard(home)
             except (OSError, Error) as error:
                 raise Aborted(
-                    f"volume {record.id!r}: making it failed ({failure}), and so did removing what was made "
+                    f"{made_id!r}: making it failed ({failure}), and so did removing what was made "
                     f"({error}): it is removed at the next try"
                 ) from failure
             raise
+
+    def _stands(self, record: Record | SnapshotRecord) -> bool:
+        if isinstance(record, Record):
+            return self.catalog.find(record.id) is not None
+        return self.catalog.find_snapshot(record.id) is not None
 
     @contextmanager
     def _no_room(self, volume_id: str) -> Iterator[None]:
@@ -281,7 +507,7 @@ class Pool:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
-            raise ResourceExhausted(f"volume {volume_id!r}: pool {self.name!r}: {error}") from error
+            raise ResourceExhausted(f"{volume_id!r}: pool {self.name!r}: {error}") from error
 
     def _count_if_short(self, needed: int) -> None:
         """What is refused must be refused for what is there now: volumes may have written since they were counted."""

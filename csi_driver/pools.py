@@ -29,6 +29,28 @@ class Pools:
         home = pool.catalog.find(volume_id) if pool else None
         return (pool, home) if pool and home else None
 
+    def find_snapshot(self, snapshot_id: str) -> tuple[Pool, Home] | None:
+        """The pool and home of a snapshot, or None."""
+        parsed = VolumeId.find(snapshot_id)
+        pool = self._pools.get(parsed.pool) if parsed else None
+        home = pool.catalog.find_snapshot(snapshot_id) if pool else None
+        return (pool, home) if pool and home else None
+
+    def find_group(self, group_id: str) -> tuple[Pool, Home] | None:
+        """The pool and home of a group of snapshots, or None."""
+        parsed = VolumeId.find(group_id)
+        pool = self._pools.get(parsed.pool) if parsed else None
+        home = pool.catalog.find_group(group_id) if pool else None
+        return (pool, home) if pool and home else None
+
+    def find_snapshot_name(self, name: str) -> tuple[Pool, Home] | None:
+        """The snapshot of this name, in whichever pool it is."""
+        for pool in self:
+            home = pool.catalog.find_snapshot(pool.snapshot_id_of(name))
+            if home is not None:
+                return pool, home
+        return None
+
     def get(self, volume_id: str) -> tuple[Pool, Home]:
         """The pool and home of a volume.
 
@@ -57,7 +79,7 @@ class Pools:
         return pool if pool and parsed and pool.catalog.tag == parsed.tag else None
 
     def check_foreign(self, volume_id: str) -> None:
-        """For a volume that is to be deleted and is not here: make sure that it is nowhere.
+        """For a volume or snapshot that is to be deleted and is not here: make sure that it is nowhere.
 
         Raises:
             FailedPrecondition: its id names a pool this driver does not have, so it may exist there.
@@ -68,7 +90,7 @@ class Pools:
         if self.named_of(volume_id) is not None:
             return
         raise FailedPrecondition(
-            f"volume {volume_id!r}: belongs to a pool with tag {parsed.tag} that this node does not have: delete it "
+            f"{volume_id!r}: belongs to a pool with tag {parsed.tag} that this node does not have: delete it "
             f"where that pool is, or, when the pool is gone for good, add {parsed.tag!r} to retired_tags"
         )
 

@@ -58,11 +58,12 @@ class Space:
             self._sample()
 
     @contextmanager
-    def reserve(self, name: str, promised: int, needed: int) -> Iterator[None]:
+    def reserve(self, name: str, promised: int, needed: int, *, lasting: bool = False) -> Iterator[None]:
         """Promise room to a home that is being made or grown, for the body that makes it; withdrawn if that fails.
 
         `promised` is the home's whole promise, `needed` what must be free beyond what it holds already (a pool
-        that enforces no size promises nothing and still refuses what is not there).
+        that enforces no size promises nothing and still refuses what is not there). While a `lasting` body runs,
+        volumes are counted all the same: what it has written so far is missing from the room until it has ended.
 
         Raises:
             ResourceExhausted: not enough room; the message says how much there is.
@@ -76,17 +77,17 @@ class Space:
                     f"{needed} bytes are needed and {available} are free for volumes here "
                     f"({self._reserved_bytes()} reserved, {self._promised} promised to other volumes)"
                 )
-            self._in_flight += 1
+            self._in_flight += not lasting
             self._set(name, promised, before.written if before else 0)
         try:
             yield
         except BaseException:
             with self._guard:
-                self._in_flight -= 1
+                self._in_flight -= not lasting
                 self._set(name, before.promised, before.written) if before else self._drop(name)
             raise
         with self._guard:
-            self._in_flight -= 1
+            self._in_flight -= not lasting
 
     def settle(self, name: str, written: int) -> None:
         """Say what a home has taken now that it is made (inside the body of `reserve`)."""
@@ -97,6 +98,20 @@ class Space:
         """Count a home that is there after all, though making it seemed to fail."""
         with self._guard:
             self._set(name, promised, written)
+
+    def written(self, name: str) -> int:
+        """What a home had taken when it was counted last."""
+        with self._guard:
+            share = self._shares.get(name)
+            return share.written if share else 0
+
+    def share(self, name: str, promised: int, written: int) -> None:
+        """A home has only so much of its own now, and copies have a part in the rest: nothing was written or freed."""
+        with self._guard:
+            before = self._shares.get(name)
+            if before is not None:
+                self._base += written - before.written
+                self._set(name, promised, written)
 
     def forget(self, name: str) -> None:
         """The home is nowhere to be seen any more; what it has taken is found at the next count."""

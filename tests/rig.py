@@ -17,7 +17,11 @@ from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog
 from csi_driver.config import PoolConfig
 from csi_driver.controller import Controller
+from csi_driver.copies import Copier
+from csi_driver.groups import Groups
 from csi_driver.health import Health
+from csi_driver.jobs import Jobs
+from csi_driver.linux.freeze import Freezer
 from csi_driver.locks import Locks
 from csi_driver.model import (
     GIB,
@@ -34,6 +38,7 @@ from csi_driver.model import (
 from csi_driver.node import Node
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
+from csi_driver.snapshots import Snapshots
 
 NODE_SEGMENTS = {"topology.local.orlop.dev/node": "node-1"}
 FILESYSTEM_BYTES = GIB
@@ -68,6 +73,12 @@ KINDS = (
 )
 # Simple quotas where the kernel has them; this is what older ones get.
 FULL_QGROUPS = Kind("btrfs-full", "btrfs", "btrfs", "full_qgroups = true\n")
+# Copies that share blocks: what a pool's filesystem can makes backends differ.
+SHARING = (
+    Kind("image-xfs", "image", "xfs", tools=("mkfs.ext4",), written_at_once=True),
+    Kind("image-btrfs", "image", "btrfs", tools=("mkfs.ext4",), written_at_once=True),
+    Kind("directory-xfs", "directory", "xfs", "enforce_capacity = false\n"),
+)
 THIN = Kind("image-thin", "image", "ext4", 'provisioning = "thin"\novercommit = 2.0\n', tools=("mkfs.ext4",))
 
 
@@ -78,7 +89,13 @@ class Rig:
         self.pools = pools
         self.locks = Locks()
         self.health = Health(pools)
-        self.controller = Controller(pools, self.locks, self.health, NODE_SEGMENTS, expands=expands)
+        self.copier = Copier(Jobs(0), Freezer())
+        self.snapshots = Snapshots(pools, self.locks, self.copier, NODE_SEGMENTS)
+        self.groups = Groups(pools, self.locks, self.copier, NODE_SEGMENTS)
+        self.groups.adopt()
+        self.controller = Controller(
+            pools, self.locks, self.health, self.copier, NODE_SEGMENTS, expands=expands
+        )
         self.node = Node(pools, self.locks, self.health, NodeInfo("node-1", 0, NODE_SEGMENTS))
 
     @property
@@ -91,6 +108,7 @@ class Rig:
         return self.pool.backend
 
     def close(self) -> None:
+        self.copier.close()
         for pool in self.pools:
             pool.close()
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from csi_driver.catalog import Home
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     AccessMode,
     AccessType,
@@ -40,6 +41,14 @@ class Features:
     grows: bool = True
     stages: bool = False
     """Volumes are devices that are mounted once per node."""
+    payload: str = PAYLOAD_DIRECTORY
+    """A payload can be copied into any pool that has the same kind."""
+    shares_copies: bool = False
+    """A copy within the pool shares the storage of what it was copied from until one of them is written to."""
+    instant_copies: bool = False
+    """A copy within the pool is made in a moment, however large it is."""
+    writer_pays: bool = False
+    """What a volume has written stays counted as its own for as long as a copy of it holds it."""
 
 
 NODE_MODES = frozenset(
@@ -133,6 +142,32 @@ class Backend(Protocol):
             ResourceExhausted: the store is full.
         """
 
+    def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
+        """Bring the source's content into an empty staging home; `finish` makes a volume or snapshot of it.
+
+        To `share` (same pool, and `features.shares_copies`) gives the content of one moment, where it is `instant`.
+        The source may be of another pool with the same payload.
+
+        Raises:
+            ResourceExhausted: the store is full.
+            copy.Stopped: the transfer may not go on.
+        """
+
+    def finish(self, home: Home, spec: VolumeSpec) -> None:
+        """Make a copied payload as large as `spec` says, with its limit; on disk when this returns."""
+
+    def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
+        """Let a volume write what its size says though copies hold so much of what it has written already.
+
+        Only where `features.writer_pays` means that these count against its limit.
+        """
+
+    def open_mounted(self, home: Home, record: Record) -> int | None:
+        """An fd of the filesystem that is mounted from the payload, which must be still for a copy of one moment.
+
+        None where none is mounted, or nothing needs to be still.
+        """
+
     def clear(self, home: Home) -> None:
         """Release what removing the home's files cannot (a subvolume, a quota id). A half-made home is fine."""
 
@@ -150,8 +185,14 @@ class Backend(Protocol):
     def store(self) -> Store:
         """The pool's filesystem now. O(1), no subprocess."""
 
-    def written_bytes(self, home: Home) -> int:
-        """How much of the store's free space this home has taken already."""
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
+        """How much of the store's free space this home has taken already.
+
+        Of one that may be `shared` with copies, where it is not the writer who pays, only what it has alone.
+        """
+
+    def content_bytes(self, home: Home) -> int:
+        """How much of the store a full copy of this home takes; 0 where nothing is counted."""
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         """How much of the store a volume of this size may take in the end."""

@@ -8,6 +8,7 @@ a snapshot made in there even makes the filesystem lose count: such pools are re
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,7 @@ from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import ConfigurationError
 from csi_driver.linux import btrfs, files, tree
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     KIB,
     MIB,
@@ -41,6 +43,9 @@ LEVEL = 100
 # Metadata counts, in nodes of 16 KiB.
 _LIMITS = SizeLimits(minimum_bytes=MIB, maximum_bytes=2**62, multiple_bytes=4 * KIB)
 _SWEEP_S = 5.0
+
+_SIZE = "trusted.orlop.size"
+"""Attribute of a home: the volume's size, where its limit is higher for what copies hold."""
 
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,6 +71,10 @@ class BtrfsBackend:
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
             enforces_capacity=self._enforces,
+            shares_copies=True,
+            instant_copies=True,
+            # With full qgroups shared blocks count for each that refers to them.
+            writer_pays=True,
         )
 
     def check(self) -> None:
@@ -100,6 +109,41 @@ class BtrfsBackend:
             directories.set_owner(data.fd, spec.parameters)
         _limit(home, spec.size_bytes)
 
+    def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
+        with Directory(home.open_directory()) as opened:
+            if share:
+                with directories.attach(source) as original:
+                    btrfs.snapshot(original.fd, opened.fd, PAYLOAD_DIRECTORY, readonly=spec.snapshot)
+                return
+            btrfs.create_subvolume(opened.fd, PAYLOAD_DIRECTORY)
+        if not spec.snapshot:
+            _limit(home, spec.size_bytes)
+        with directories.attach(home) as data:
+            directories.copy(home, source, data.fd, transfer, share=False)
+
+    def finish(self, home: Home, spec: VolumeSpec) -> None:
+        if not spec.snapshot:
+            _limit(home, spec.size_bytes)
+            return
+        with Directory(home.open_directory()) as opened:
+            btrfs.commit(opened.fd)
+
+    def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
+        if btrfs.quota_mode(home.area_fd) != "simple":
+            return
+        if not held_bytes and _nominal(home) is None:
+            return
+        limit = size_bytes + held_bytes
+        if self._usage(home)[1] == limit and self.size_bytes(home) == size_bytes:
+            return
+        with Directory(home.open_directory()) as opened:
+            # First: the size must never seem to be what the limit is.
+            os.setxattr(opened.fd, _SIZE, b"%d" % size_bytes)
+        _limit(home, limit)
+
+    def open_mounted(self, home: Home, record: Record) -> int | None:
+        return None
+
     def clear(self, home: Home) -> None:
         """Delete the subvolume, with what a pod made in it, and its quota group."""
         with Directory(home.open_directory()) as opened:
@@ -118,19 +162,27 @@ class BtrfsBackend:
                 self._sweep(opened.fd)
 
     def size_bytes(self, home: Home) -> int:
-        return self._usage(home)[1]
+        size_bytes = _nominal(home)
+        return self._usage(home)[1] if size_bytes is None else size_bytes
 
     def grow(self, home: Home, size_bytes: int) -> int:
-        if self.size_bytes(home) < size_bytes:
-            _limit(home, size_bytes)
+        before = self.size_bytes(home)
+        if before < size_bytes:
+            if _nominal(home) is None:
+                _limit(home, size_bytes)
+            else:
+                self.allow(home, size_bytes, max(0, self._usage(home)[1] - before))
         return self.size_bytes(home)
 
     def store(self) -> Store:
         usage = files.usage(self._pool.root)
         return Store(usage.total_bytes, usage.free_bytes)
 
-    def written_bytes(self, home: Home) -> int:
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         return self._usage(home)[0]
+
+    def content_bytes(self, home: Home) -> int:
+        return self.written_bytes(home)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return size_bytes
@@ -168,7 +220,9 @@ class BtrfsBackend:
         if not limit:
             return below
         available = max(0, min(limit - used, below.available_bytes))
-        return Stats(total_bytes=limit, used_bytes=used, available_bytes=available)
+        total = self.size_bytes(home)
+        # What copies hold counts as used, for nothing tells it from what the volume refers to itself.
+        return Stats(total_bytes=total, used_bytes=min(used, total), available_bytes=min(available, total))
 
     def _usage(self, home: Home) -> tuple[int, int]:
         """Bytes used and the limit, 0 for none."""
@@ -224,6 +278,17 @@ class BtrfsBackend:
                     raise
             else:
                 self._stale.discard(number)
+
+
+def _nominal(home: Home) -> int | None:
+    """A volume's size where its limit is another."""
+    with Directory(home.open_directory()) as opened:
+        try:
+            return int(os.getxattr(opened.fd, _SIZE))
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return None
 
 
 def _lift_limit(home_fd: int, number: int) -> None:

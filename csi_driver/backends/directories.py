@@ -4,14 +4,16 @@
 How such a directory is made and what limits it is each backend's own.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from csi_driver.backends.base import PAYLOAD_DIRECTORY, Directory
 from csi_driver.catalog import Home
-from csi_driver.errors import Error
-from csi_driver.linux import files, mount
+from csi_driver.errors import Error, ResourceExhausted
+from csi_driver.linux import files, mount, treecopy
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import HealthEntry, HealthStatus, Parameters, Stats
 
 DEFAULT_MODE = 0o755
@@ -50,6 +52,23 @@ def find_attached(home: Home) -> Directory | None:
     """The payload, which needs nothing to be usable."""
     fd = open_data(home)
     return None if fd is None else Directory(fd)
+
+
+def copy(home: Home, source: Home, target_fd: int, transfer: Transfer, *, share: bool) -> None:
+    """Fill the payload `target_fd` of `home` with all that is in the source's.
+
+    Raises:
+        ResourceExhausted: the store, or the quota, is full.
+    """
+    with attach(source) as original, Directory(mount.private_view(original.fd)) as view:
+        try:
+            treecopy.copy_tree(view.fd, target_fd, transfer, share=share)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ResourceExhausted(
+                f"{home.id!r}: no room for a copy of {source.id!r}: {error.strerror}"
+            ) from error
 
 
 def holders(homes: Sequence[Home]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, ResourceExhausted
 from csi_driver.linux import files, quota
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     KIB,
     MIB,
@@ -57,6 +58,7 @@ class DirectoryBackend:
         # Ids are looked for and taken by one thread at a time.
         self._guard = threading.Lock()
         self._fs_type = ""
+        self._shares = False
 
     @property
     def features(self) -> Features:
@@ -64,12 +66,15 @@ class DirectoryBackend:
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
             enforces_capacity=self._enforces,
+            shares_copies=self._shares,
+            writer_pays=self._shares,
         )
 
     def check(self) -> None:
         with Directory(directories.open_nearest(self._pool.root)) as directory:
             self._fs_type = files.filesystem_type(directory.fd)
             problem = quota.state(directory.fd) if self._enforces else None
+            self._shares = not files.is_read_only(directory.fd) and files.supports_reflink(directory.fd)
         if problem:
             raise ConfigurationError(
                 f"{self._pool.where}: the sizes of volumes cannot be enforced at {self._pool.root}: {problem}; or use "
@@ -93,6 +98,27 @@ class DirectoryBackend:
             with directories.attach(home) as data:
                 directories.set_owner(data.fd, spec.parameters)
                 files.sync(data.fd)
+
+    def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
+        with Directory(home.open_directory()) as opened:
+            if self._enforces:
+                # What is copied counts; a snapshot needs no limit, for nobody writes to it.
+                project_id = self._take_id(home, opened.fd)
+                if not spec.snapshot:
+                    self._set_limit(home, project_id, spec.size_bytes)
+            os.mkdir(PAYLOAD_DIRECTORY, 0o700, dir_fd=opened.fd)
+        with directories.attach(home) as data:
+            directories.copy(home, source, data.fd, transfer, share=share)
+
+    def finish(self, home: Home, spec: VolumeSpec) -> None:
+        with directories.attach(home) as data:
+            files.sync_filesystem(data.fd)
+
+    def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
+        """Nothing: project quota counts what a volume refers to, shared or not."""
+
+    def open_mounted(self, home: Home, record: Record) -> int | None:
+        return None
 
     def clear(self, home: Home) -> None:
         """Lift the limit. The id itself is free once the home's files are gone."""
@@ -122,8 +148,11 @@ class DirectoryBackend:
         usage = files.usage(self._pool.root)
         return Store(usage.total_bytes, usage.free_bytes)
 
-    def written_bytes(self, home: Home) -> int:
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         return self._quota(home).used_bytes
+
+    def content_bytes(self, home: Home) -> int:
+        return self.written_bytes(home)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return size_bytes if self._enforces else 0

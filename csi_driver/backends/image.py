@@ -13,12 +13,13 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from csi_driver.backends import directories
-from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Features, Store
+from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Directory, Features, Store
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
@@ -30,7 +31,8 @@ from csi_driver.errors import (
     Unavailable,
     invalid,
 )
-from csi_driver.linux import files, filesystem, loop, mount, run
+from csi_driver.linux import copy, fiemap, files, filesystem, loop, mount, run
+from csi_driver.linux.copy import Transfer
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
     KIB,
@@ -87,6 +89,7 @@ class ImageBackend:
                 f"{pool.where} overcommit {self._options.overcommit}: give a number from 1 to 1000"
             )
         self._loops: dict[tuple[str, bool], int] = {}
+        self._shares = False
 
     @property
     def features(self) -> Features:
@@ -95,6 +98,9 @@ class ImageBackend:
             access_modes=NODE_MODES,
             block_access_modes=NODE_MODES,
             stages=True,
+            payload=PAYLOAD_IMAGE,
+            shares_copies=self._shares,
+            instant_copies=self._shares,
         )
 
     def check(self) -> None:
@@ -104,6 +110,8 @@ class ImageBackend:
         tool = FILESYSTEMS[self._options.fs_type].tool
         if shutil.which(tool) is None:
             raise ConfigurationError(f"{self._pool.where}: {run.CommandMissing(tool)}")
+        with Directory(directories.open_nearest(self._pool.root)) as directory:
+            self._shares = not files.is_read_only(directory.fd) and files.supports_reflink(directory.fd)
 
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
         thin = self._options.provisioning == "thin"
@@ -144,6 +152,57 @@ class ImageBackend:
         path = f"{home.name}/{building}"
         files.rename(home.area_fd, path, home.area_fd, f"{home.name}/{PAYLOAD_IMAGE}")
 
+    def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
+        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            original = source.open(PAYLOAD_IMAGE)
+            try:
+                if share:
+                    files.clone_file(original, fd)
+                    return
+                if not spec.snapshot and not spec.parameters.thin:
+                    # Before the data, so that it lies in one piece.
+                    _extend(fd, 0, spec.size_bytes, thin=False, name=home.id)
+                transfer.total_bytes = copy.data_bytes(original)
+                copy.copy_sparse(original, fd, transfer)
+            finally:
+                os.close(original)
+        finally:
+            os.close(fd)
+
+    def finish(self, home: Home, spec: VolumeSpec) -> None:
+        fd = home.open(PAYLOAD_IMAGE, os.O_RDWR)
+        try:
+            size = os.fstat(fd).st_size
+            if size < spec.size_bytes:
+                _extend(fd, size, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
+            if not spec.snapshot and not spec.parameters.thin and _is_thin(os.fstat(fd)):
+                # A clone has holes where its origin has unwritten blocks.
+                files.allocate(fd, 0, spec.size_bytes)
+            files.sync(fd)
+        finally:
+            os.close(fd)
+
+    def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
+        """Nothing: a loop device ends where its image does."""
+
+    def open_mounted(self, home: Home, record: Record) -> int | None:
+        device = self.find_attached(home, record)
+        if device is None or record.access_type is AccessType.BLOCK:
+            return None
+        source = os.fspath(device.path)
+        for entry in mount.mounts():
+            if entry.device != device.number and entry.source != source:
+                continue
+            try:
+                fd = files.open_directory(Path(entry.target))
+            except OSError:
+                continue  # unmounted meanwhile, or hidden by another mount
+            if files.is_of(fd, entry.device):
+                return fd
+            os.close(fd)
+        return None
+
     def clear(self, home: Home) -> None:
         """Nothing: the image goes with the home. A loop device still attached to it is a bug to be seen."""
 
@@ -172,11 +231,18 @@ class ImageBackend:
         usage = files.usage(self._pool.root)
         return Store(usage.total_bytes, usage.free_bytes)
 
-    def written_bytes(self, home: Home) -> int:
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         try:
+            if shared and self._shares:
+                with Directory(home.open(PAYLOAD_IMAGE)) as image:
+                    return fiemap.exclusive_bytes(image.fd)
             return self._stat(home).st_blocks * 512
         except FileNotFoundError:
             return 0  # died before its image was made
+
+    def content_bytes(self, home: Home) -> int:
+        with Directory(home.open(PAYLOAD_IMAGE)) as image:
+            return copy.data_bytes(image.fd)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes

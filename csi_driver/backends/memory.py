@@ -17,7 +17,8 @@ from csi_driver.backends.parameters import check_fs_type, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, parse_size, read_options
 from csi_driver.errors import ConfigurationError, ResourceExhausted
-from csi_driver.linux import files, tree
+from csi_driver.linux import files, tree, treecopy
+from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     GIB,
     KIB,
@@ -37,6 +38,7 @@ _LIMITS = SizeLimits(minimum_bytes=4 * KIB, maximum_bytes=2**62, multiple_bytes=
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
     total: str | int = GIB
+    instant_copies: bool = True
 
 
 class MemoryBackend:
@@ -49,12 +51,17 @@ class MemoryBackend:
         except ValueError as error:
             raise ConfigurationError(f"{pool.where} total: {error}") from error
         self._root = pool.root
+        self._instant_copies = options.instant_copies
         self._guard = threading.Lock()
         self._taken = _taken_beneath(pool.root)
 
     @property
     def features(self) -> Features:
-        return Features(access_types=frozenset({AccessType.MOUNT}), access_modes=NODE_MODES)
+        return Features(
+            access_types=frozenset({AccessType.MOUNT}),
+            access_modes=NODE_MODES,
+            instant_copies=self._instant_copies,
+        )
 
     def check(self) -> None:
         return None
@@ -73,6 +80,26 @@ class MemoryBackend:
             self._resize(home, home_fd, spec.size_bytes)
             with Directory(files.ensure_directory(home_fd, PAYLOAD_DIRECTORY, mode=_mode(spec.parameters))):
                 files.sync(home_fd)
+
+    def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
+        home_fd = home.open_directory()
+        with Directory(home_fd):
+            self._resize(home, home_fd, spec.size_bytes)
+            with (
+                Directory(files.ensure_directory(home_fd, PAYLOAD_DIRECTORY, mode=0o700)) as data,
+                directories.attach(source) as original,
+            ):
+                treecopy.copy_tree(original.fd, data.fd, transfer, share=False)
+
+    def finish(self, home: Home, spec: VolumeSpec) -> None:
+        with directories.attach(home) as data:
+            files.sync(data.fd)
+
+    def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
+        return None
+
+    def open_mounted(self, home: Home, record: Record) -> int | None:
+        return None
 
     def clear(self, home: Home) -> None:
         home_fd = home.open_directory()
@@ -93,8 +120,11 @@ class MemoryBackend:
     def store(self) -> Store:
         return Store(self._total_bytes, self._total_bytes - self._taken)
 
-    def written_bytes(self, home: Home) -> int:
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         return _size(home)
+
+    def content_bytes(self, home: Home) -> int:
+        return self.written_bytes(home)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return size_bytes

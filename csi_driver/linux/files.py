@@ -212,6 +212,11 @@ def sync(fd: int) -> None:
         raise syscall.failure("fsync", syscall.describe(fd), error.errno) from None
 
 
+def sync_filesystem(fd: int) -> None:
+    """syncfs(2): everything on the descriptor's filesystem is on the disk when this returns."""
+    syscall.syncfs(fd)
+
+
 def sync_directory(dir_fd: int, path: str = ".") -> None:
     """Make the names in a directory beneath `dir_fd` durable (or those of `dir_fd` itself)."""
     fd = open_beneath(dir_fd, path, _DIRECTORY)
@@ -336,6 +341,11 @@ def usage(fd_or_path: int | Path) -> Usage:
         used_inodes=found.f_files - found.f_ffree,
         read_only=bool(found.f_flag & _ST_RDONLY),
     )
+
+
+def is_of(fd: int, device: int) -> bool:
+    """Whether the file or directory is on this device (st_dev)."""
+    return os.fstat(fd).st_dev == device
 
 
 def is_read_only(fd_or_path: int | Path) -> bool:

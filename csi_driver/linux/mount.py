@@ -247,6 +247,22 @@ def _set_attributes(mount_fd: int, attributes: Attributes) -> None:
         syscall.mount_setattr(mount_fd, wanted, MOUNT_ATTR__ATIME if atime else 0)
 
 
+def private_view(fd: int) -> int:
+    """The directory as a detached, read-only mount, in which no device node opens; closing the descriptor ends it.
+
+    For reading a tree that strangers may be changing meanwhile. Nothing that is mounted in it can be seen.
+    """
+    view = syscall.open_tree(fd, OPEN_TREE_CLONE)
+    try:
+        syscall.mount_setattr(
+            view, Attributes(readonly=True, nodev=True, nosuid=True, noatime=True).bits(0), MOUNT_ATTR__ATIME
+        )
+    except BaseException:
+        os.close(view)
+        raise
+    return view
+
+
 def _clone(source_fd: int, target_fd: int, target: Path) -> int:
     try:
         return syscall.open_tree(source_fd, OPEN_TREE_CLONE)

@@ -178,6 +178,8 @@ _statfs = libc.statfs
 _statfs.argtypes = [c_char_p, c_void_p]
 _fstatfs = libc.fstatfs
 _fstatfs.argtypes = [c_int, c_void_p]
+_syncfs = libc.syncfs
+_syncfs.argtypes = [c_int]
 _fallocate = libc.fallocate64
 _fallocate.argtypes = [c_int, c_int, c_int64, c_int64]
 
@@ -284,6 +286,12 @@ def statfs_type(fd_or_path: int | os.PathLike[str]) -> int:
     elif _statfs(os.fsencode(fd_or_path), found) < 0:
         raise failure("statfs", fd_or_path)
     return int(found[0]) & 0xFFFFFFFF
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): write out all of the filesystem that the descriptor is on."""
+    if _syncfs(fd) < 0:
+        raise failure("syncfs", describe(fd))
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

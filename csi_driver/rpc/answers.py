@@ -3,9 +3,21 @@
 
 from collections.abc import Iterable
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import Int64Value
 
-from csi_driver.model import Capacity, HealthEntry, NodeInfo, Stats, StorageEntry, Volume
+from csi_driver.model import (
+    Capacity,
+    Group,
+    HealthEntry,
+    NodeInfo,
+    Record,
+    Snapshot,
+    SourceKind,
+    Stats,
+    StorageEntry,
+    Volume,
+)
 from csi_driver.rpc.pb import csi_pb2 as pb
 
 
@@ -16,7 +28,40 @@ def volume(given: Volume) -> pb.Volume:
         capacity_bytes=given.size_bytes,
         volume_context=given.context,
         accessible_topology=[pb.Topology(segments=given.segments)] if given.segments else None,
+        content_source=_source(given.record),
     )
+
+
+def snapshot(given: Snapshot) -> pb.Snapshot:
+    """A snapshot as every call tells it."""
+    made = Timestamp()
+    made.FromNanoseconds(int(given.record.created_at * 1e9))
+    return pb.Snapshot(
+        snapshot_id=given.record.id,
+        source_volume_id=given.record.source,
+        size_bytes=given.record.size_bytes,
+        creation_time=made,
+        ready_to_use=given.ready,
+        group_snapshot_id=given.record.group,
+        accessible_topology=[pb.Topology(segments=given.segments)] if given.segments else None,
+    )
+
+
+def group(given: Group) -> pb.VolumeGroupSnapshot:
+    """A group of snapshots with all its members."""
+    made = Timestamp()
+    made.FromNanoseconds(int(given.record.created_at * 1e9))
+    return pb.VolumeGroupSnapshot(
+        group_snapshot_id=given.record.id,
+        snapshots=[snapshot(one) for one in given.snapshots],
+        creation_time=made,
+        ready_to_use=True,
+    )
+
+
+def ranges(given: Iterable[tuple[int, int]]) -> list[pb.BlockMetadata]:
+    """Ranges of bytes, from their starts and ends."""
+    return [pb.BlockMetadata(byte_offset=start, size_bytes=end - start) for start, end in given]
 
 
 def published_nodes(given: Volume, node_id: str) -> list[str]:
@@ -111,3 +156,13 @@ def node_info(given: NodeInfo) -> pb.NodeGetInfoResponse:
         max_volumes_per_node=given.max_volumes,
         accessible_topology=pb.Topology(segments=given.segments),
     )
+
+
+def _source(record: Record) -> pb.VolumeContentSource | None:
+    kind = pb.VolumeContentSource
+    match record.source_kind:
+        case SourceKind.SNAPSHOT:
+            return kind(snapshot=kind.SnapshotSource(snapshot_id=record.source))
+        case SourceKind.VOLUME:
+            return kind(volume=kind.VolumeSource(volume_id=record.source))
+    return None

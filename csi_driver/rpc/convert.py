@@ -14,6 +14,8 @@ from csi_driver.model import (
     CapacityRange,
     PublishRequest,
     Segments,
+    Source,
+    SourceKind,
     StageRequest,
     TopologyRequirement,
     VolumeRequest,
@@ -44,10 +46,6 @@ def volume_request(request: pb.CreateVolumeRequest) -> VolumeRequest:
     """CSI: CreateVolume."""
     name = check.name("name", request.name)
     wanted = _capacity_range(request.capacity_range)
-    # Copies (snapshots, clones) would be read here.
-    if request.HasField("volume_content_source"):
-        kind = request.volume_content_source.WhichOneof("type") or "empty"
-        raise invalid("volume_content_source", kind, "this driver makes empty volumes only: leave it out")
     _no_mutable_parameters(request.mutable_parameters)
     given = check.mapping("parameters", request.parameters)
     capabilities = tuple(
@@ -63,7 +61,72 @@ def volume_request(request: pb.CreateVolumeRequest) -> VolumeRequest:
         pvc_namespace=given.get(PVC_NAMESPACE, ""),
         pvc_name=given.get(PVC_NAME, ""),
         pv_name=given.get(PV_NAME, ""),
+        source=_source(request.volume_content_source) if request.HasField("volume_content_source") else None,
     )
+
+
+def snapshot_request(
+    request: pb.CreateSnapshotRequest,
+) -> tuple[str, str, dict[str, str], TopologyRequirement]:
+    """CSI: CreateSnapshot. The name, the volume, the class's parameters, where it shall be."""
+    return (
+        check.name("name", request.name),
+        check.required("source_volume_id", request.source_volume_id),
+        _own(check.mapping("parameters", request.parameters)),
+        _topology(request.accessibility_requirements),
+    )
+
+
+def group_request(
+    request: pb.CreateVolumeGroupSnapshotRequest,
+) -> tuple[str, list[str], dict[str, str]]:
+    """CSI: CreateVolumeGroupSnapshot. The name, the volumes, the class's parameters."""
+    name = check.name("name", request.name)
+    if not request.source_volume_ids:
+        raise InvalidArgument("source_volume_ids: missing: name at least one volume")
+    sources = [check.required("source_volume_ids", one) for one in request.source_volume_ids]
+    return name, sources, _own(check.mapping("parameters", request.parameters))
+
+
+def group(
+    request: pb.DeleteVolumeGroupSnapshotRequest | pb.GetVolumeGroupSnapshotRequest,
+) -> tuple[str, list[str]]:
+    """CSI: DeleteVolumeGroupSnapshot, GetVolumeGroupSnapshot. The group and the snapshots that it is said to have."""
+    return check.required("group_snapshot_id", request.group_snapshot_id), list(request.snapshot_ids)
+
+
+def allocated(request: pb.GetMetadataAllocatedRequest) -> tuple[str, int, int]:
+    """CSI: GetMetadataAllocated. The snapshot, from where on, and the most ranges in a message (0: any)."""
+    return (
+        check.required("snapshot_id", request.snapshot_id),
+        check.not_negative("starting_offset", request.starting_offset),
+        check.not_negative("max_results", request.max_results),
+    )
+
+
+def delta(request: pb.GetMetadataDeltaRequest) -> tuple[str, str, int, int]:
+    """CSI: GetMetadataDelta. Both snapshots, from where on, and the most ranges in a message (0: any)."""
+    return (
+        check.required("base_snapshot_id", request.base_snapshot_id),
+        check.required("target_snapshot_id", request.target_snapshot_id),
+        check.not_negative("starting_offset", request.starting_offset),
+        check.not_negative("max_results", request.max_results),
+    )
+
+
+def snapshot_page(request: pb.ListSnapshotsRequest) -> tuple[int, str, str, str]:
+    """CSI: ListSnapshots. The most entries wanted, the token, and the volume and snapshot asked for ("": any)."""
+    return (
+        *page(request),
+        # An id of any length is one that nothing has.
+        request.source_volume_id,
+        request.snapshot_id,
+    )
+
+
+def snapshot_id(request: pb.DeleteSnapshotRequest | pb.GetSnapshotRequest) -> str:
+    """Of a call that needs nothing else."""
+    return check.required("snapshot_id", request.snapshot_id)
 
 
 def validation(
@@ -77,8 +140,10 @@ def validation(
     return volume_id, capabilities, parameters, context(request.volume_context)
 
 
-def page(request: pb.ListVolumesRequest | pb.ControllerListVolumeHealthRequest) -> tuple[int, str]:
-    """CSI: ListVolumes, ControllerListVolumeHealth. The most entries wanted (0: all) and the token."""
+def page(
+    request: pb.ListVolumesRequest | pb.ControllerListVolumeHealthRequest | pb.ListSnapshotsRequest,
+) -> tuple[int, str]:
+    """CSI: ListVolumes and the like. The most entries wanted (0: all) and the token."""
     return (
         check.not_negative("max_entries", request.max_entries),
         check.optional("starting_token", request.starting_token),
@@ -297,6 +362,17 @@ def _topology(given: pb.TopologyRequirement) -> TopologyRequirement:
 
 def _places(field: str, given: Iterable[pb.Topology]) -> tuple[Segments, ...]:
     return tuple(check.mapping(f"{field}.segments", place.segments) for place in given)
+
+
+def _source(given: pb.VolumeContentSource) -> Source:
+    match given.WhichOneof("type"):
+        case "snapshot":
+            field, made_id = "snapshot.snapshot_id", given.snapshot.snapshot_id
+            return Source(SourceKind.SNAPSHOT, check.required(f"volume_content_source.{field}", made_id))
+        case "volume":
+            field, made_id = "volume.volume_id", given.volume.volume_id
+            return Source(SourceKind.VOLUME, check.required(f"volume_content_source.{field}", made_id))
+    raise InvalidArgument("volume_content_source: empty: name a snapshot or a volume, or leave it out")
 
 
 def _own(parameters: Mapping[str, str]) -> dict[str, str]:

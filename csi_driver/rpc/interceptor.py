@@ -7,10 +7,10 @@ Servicers neither log nor catch. No field that may hold a secret is ever looked 
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -28,6 +28,8 @@ LOGGED = (
     "volume_id",
     "source_volume_id",
     "snapshot_id",
+    "base_snapshot_id",
+    "target_snapshot_id",
     "group_snapshot_id",
     "node_id",
     "staging_target_path",
@@ -58,11 +60,12 @@ QUIET = frozenset(
 LOGGED_BYTES = 256
 
 _OK = grpc.StatusCode.OK
+_CANCELLED = grpc.StatusCode.CANCELLED
 
 NAMES = {code: "OK" if code is _OK else code.name.title().replace("_", "") for code in grpc.StatusCode}
 """Codes as Go's programs write them in logs and metrics: `InvalidArgument`."""
 
-Behaviour = Callable[[Any, grpc.ServicerContext], Message]
+Behaviour = Callable[[Any, grpc.ServicerContext], Message | Iterator[Message]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class _Method:
     logged: tuple[str, ...]
     parse: Callable[[bytes], Message | None]
     behaviour: Behaviour
+    streams: bool = False
+    """It answers with any number of messages."""
 
 
 class Interceptor(grpc.GenericRpcHandler):
@@ -91,7 +96,31 @@ class Interceptor(grpc.GenericRpcHandler):
 
     def _handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
         # Without serializers grpc passes bytes through: a message that cannot be read or written fails in `_call`.
+        if method.streams:
+            return grpc.unary_stream_rpc_method_handler(partial(self._stream, method))
         return grpc.unary_unary_rpc_method_handler(partial(self._call, method))
+
+    def _stream(self, method: _Method, raw: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        begun = time.perf_counter()
+        number = self._calls.begin(method.path)
+        request: Message | None = None
+        code = _CANCELLED
+        try:
+            request = _parsed(method, raw)
+            for answer in cast("Iterator[Message]", method.behaviour(request, context)):
+                yield answer.SerializeToString()
+            code = _OK
+        except Exception as error:  # noqa: BLE001 - as in `_call`
+            status = status_of(error, method.name)
+            code = status.code
+            _log_failure(method, request, status, time.perf_counter() - begun, error)
+        finally:
+            # Also when the caller has gone away in the middle, which closes this generator.
+            seconds = self._end(number, method, code, begun)
+        if code is _OK:
+            log.info(method.name, extra={"fields": _fields(method, request, code, seconds)})
+            return
+        context.abort(code, status.message)
 
     def _call(self, method: _Method, raw: bytes, context: grpc.ServicerContext) -> bytes:
         begun = time.perf_counter()
@@ -99,7 +128,7 @@ class Interceptor(grpc.GenericRpcHandler):
         request: Message | None = None
         try:
             request = _parsed(method, raw)
-            answer = method.behaviour(request, context).SerializeToString()
+            answer = cast("Message", method.behaviour(request, context)).SerializeToString()
         except Exception as error:  # noqa: BLE001 - the one place where the errors of calls become answers
             status = status_of(error, method.name)
             seconds = self._end(number, method, status.code, begun)
@@ -130,6 +159,7 @@ def _method(method: MethodDescriptor, servicer: object) -> _Method:
         logged=tuple(field for field in LOGGED if field in method.input_type.fields_by_name),
         parse=GetMessageClass(method.input_type).FromString,
         behaviour=getattr(servicer, method.name, None) or _refusal(method.name),
+        streams=method.server_streaming,
     )
 
 

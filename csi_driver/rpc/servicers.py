@@ -2,9 +2,10 @@
 """The CSI services: each call is one conversion, one method of the driver, one answer.
 
 Checks are `convert`'s business, semantics `controller`'s and `node`'s, errors and the log `interceptor`'s. A method
-that is not here is answered UNIMPLEMENTED by `interceptor`: those of copies (snapshots, clones) are not offered yet.
+that is not here is answered UNIMPLEMENTED by `interceptor`.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,16 +14,26 @@ from google.protobuf.wrappers_pb2 import BoolValue
 from csi_driver import __version__
 from csi_driver.controller import Controller
 from csi_driver.errors import Unimplemented
+from csi_driver.groups import Groups
+from csi_driver.metadata import ChangedBlocks
 from csi_driver.model import DriverFeatures
 from csi_driver.node import Node
 from csi_driver.rpc import answers, convert
 from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.snapshots import Snapshots
 
 if TYPE_CHECKING:
-    from csi_driver.rpc.pb.csi_pb2_grpc import ControllerServicer, IdentityServicer, NodeServicer
+    from csi_driver.rpc.pb.csi_pb2_grpc import (
+        ControllerServicer,
+        GroupControllerServicer,
+        IdentityServicer,
+        NodeServicer,
+        SnapshotMetadataServicer,
+    )
 else:
     # The generated classes say what the types must be. Loading their module costs 2 MB, for clients we are not.
-    ControllerServicer = IdentityServicer = NodeServicer = object
+    ControllerServicer = GroupControllerServicer = IdentityServicer = NodeServicer = object
+    SnapshotMetadataServicer = object
 
 _Plugin = pb.PluginCapability.Service.Type
 _Rpc = pb.ControllerServiceCapability.RPC.Type
@@ -44,7 +55,14 @@ class Identity(IdentityServicer):
     def GetPluginCapabilities(
         self, request: pb.GetPluginCapabilitiesRequest, context: grpc.ServicerContext
     ) -> pb.GetPluginCapabilitiesResponse:
-        services = [_Plugin.CONTROLLER_SERVICE, _Plugin.VOLUME_ACCESSIBILITY_CONSTRAINTS]
+        services = [
+            _Plugin.CONTROLLER_SERVICE,
+            _Plugin.VOLUME_ACCESSIBILITY_CONSTRAINTS,
+            _Plugin.GROUP_CONTROLLER_SERVICE,
+            _Plugin.SNAPSHOT_ACCESSIBILITY_CONSTRAINTS,
+        ]
+        if self._features.has_blocks:
+            services.append(_Plugin.SNAPSHOT_METADATA_SERVICE)
         capabilities = [
             pb.PluginCapability(service=pb.PluginCapability.Service(type=service)) for service in services
         ]
@@ -59,10 +77,13 @@ class Identity(IdentityServicer):
 
 
 class ControllerService(ControllerServicer):
-    """Volumes as the pools have them. `node_id` is where all of them are."""
+    """Volumes and snapshots as the pools have them. `node_id` is where all of them are."""
 
-    def __init__(self, controller: Controller, features: DriverFeatures, node_id: str) -> None:
+    def __init__(
+        self, controller: Controller, snapshots: Snapshots, features: DriverFeatures, node_id: str
+    ) -> None:
         self._controller = controller
+        self._snapshots = snapshots
         self._features = features
         self._node_id = node_id
 
@@ -78,6 +99,10 @@ class ControllerService(ControllerServicer):
             _Rpc.SINGLE_NODE_MULTI_WRITER,
             _Rpc.GET_VOLUME_HEALTH,
             _Rpc.LIST_VOLUME_HEALTH,
+            _Rpc.CREATE_DELETE_SNAPSHOT,
+            _Rpc.LIST_SNAPSHOTS,
+            _Rpc.GET_SNAPSHOT,
+            _Rpc.CLONE_VOLUME,
         ]
         if self._features.grows_in_controller:
             offered.append(_Rpc.EXPAND_VOLUME)
@@ -121,6 +146,31 @@ class ControllerService(ControllerServicer):
         status = pb.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=nodes)
         return pb.ControllerGetVolumeResponse(volume=answers.volume(volume), status=status)
 
+    def CreateSnapshot(
+        self, request: pb.CreateSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.CreateSnapshotResponse:
+        snapshot = self._snapshots.create(*convert.snapshot_request(request))
+        return pb.CreateSnapshotResponse(snapshot=answers.snapshot(snapshot))
+
+    def DeleteSnapshot(
+        self, request: pb.DeleteSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteSnapshotResponse:
+        self._snapshots.delete(convert.snapshot_id(request))
+        return pb.DeleteSnapshotResponse()
+
+    def ListSnapshots(
+        self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
+    ) -> pb.ListSnapshotsResponse:
+        found, token = self._snapshots.listed(*convert.snapshot_page(request))
+        entries = [pb.ListSnapshotsResponse.Entry(snapshot=answers.snapshot(one)) for one in found]
+        return pb.ListSnapshotsResponse(entries=entries, next_token=token)
+
+    def GetSnapshot(
+        self, request: pb.GetSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.GetSnapshotResponse:
+        snapshot = self._snapshots.get(convert.snapshot_id(request))
+        return pb.GetSnapshotResponse(snapshot=answers.snapshot(snapshot))
+
     def GetCapacity(
         self, request: pb.GetCapacityRequest, context: grpc.ServicerContext
     ) -> pb.GetCapacityResponse:
@@ -145,6 +195,65 @@ class ControllerService(ControllerServicer):
         found, token = self._controller.list_health(*convert.page(request))
         entries = [answers.volume_health(volume_id, health) for volume_id, health in found]
         return pb.ControllerListVolumeHealthResponse(entries=entries, next_token=token)
+
+
+class GroupService(GroupControllerServicer):
+    """Snapshots of several volumes at one moment."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def GroupControllerGetCapabilities(
+        self, request: pb.GroupControllerGetCapabilitiesRequest, context: grpc.ServicerContext
+    ) -> pb.GroupControllerGetCapabilitiesResponse:
+        kind = pb.GroupControllerServiceCapability
+        offered = kind.RPC(type=kind.RPC.Type.CREATE_DELETE_GET_VOLUME_GROUP_SNAPSHOT)
+        return pb.GroupControllerGetCapabilitiesResponse(capabilities=[kind(rpc=offered)])
+
+    def CreateVolumeGroupSnapshot(
+        self, request: pb.CreateVolumeGroupSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.CreateVolumeGroupSnapshotResponse:
+        made = self._groups.create(*convert.group_request(request))
+        return pb.CreateVolumeGroupSnapshotResponse(group_snapshot=answers.group(made))
+
+    def DeleteVolumeGroupSnapshot(
+        self, request: pb.DeleteVolumeGroupSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteVolumeGroupSnapshotResponse:
+        self._groups.delete(*convert.group(request))
+        return pb.DeleteVolumeGroupSnapshotResponse()
+
+    def GetVolumeGroupSnapshot(
+        self, request: pb.GetVolumeGroupSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.GetVolumeGroupSnapshotResponse:
+        found = self._groups.get(*convert.group(request))
+        return pb.GetVolumeGroupSnapshotResponse(group_snapshot=answers.group(found))
+
+
+class MetadataService(SnapshotMetadataServicer):
+    """What of a snapshot is data, and what has changed since another one."""
+
+    def __init__(self, blocks: ChangedBlocks) -> None:
+        self._blocks = blocks
+
+    def GetMetadataAllocated(
+        self, request: pb.GetMetadataAllocatedRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GetMetadataAllocatedResponse]:
+        for size_bytes, ranges in self._blocks.allocated(*convert.allocated(request)):
+            yield pb.GetMetadataAllocatedResponse(
+                block_metadata_type=pb.VARIABLE_LENGTH,
+                volume_capacity_bytes=size_bytes,
+                block_metadata=answers.ranges(ranges),
+            )
+
+    def GetMetadataDelta(
+        self, request: pb.GetMetadataDeltaRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GetMetadataDeltaResponse]:
+        for size_bytes, ranges in self._blocks.delta(*convert.delta(request)):
+            yield pb.GetMetadataDeltaResponse(
+                block_metadata_type=pb.VARIABLE_LENGTH,
+                volume_capacity_bytes=size_bytes,
+                block_metadata=answers.ranges(ranges),
+            )
 
 
 class NodeService(NodeServicer):

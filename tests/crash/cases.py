@@ -9,7 +9,15 @@ from pathlib import Path
 
 from msgspec import structs
 
-from csi_driver.model import MIB, CapacityRange, Record
+from csi_driver.model import (
+    MIB,
+    CapacityRange,
+    Record,
+    SnapshotRecord,
+    Source,
+    SourceKind,
+    TopologyRequirement,
+)
 from tests.rig import Kind, Rig, inline, published, staged, volume
 from tests.scene import Scene, in_pod, loops_beneath, mounts_beneath
 
@@ -89,6 +97,35 @@ class Case:
         wanted = CapacityRange(2 * self.size_bytes)
         rig.node.expand(rig.pool.id_of("a"), str(where), str(self.staging), wanted)
 
+    def snapshot(self, rig: Rig) -> None:
+        rig.snapshots.create("s", rig.pool.id_of("a"), {}, TopologyRequirement())
+
+    def delete_snapshot(self, rig: Rig) -> None:
+        rig.snapshots.delete(rig.pool.snapshot_id_of("s"))
+
+    def restore(self, rig: Rig) -> None:
+        source = Source(SourceKind.SNAPSHOT, rig.pool.snapshot_id_of("s"))
+        rig.controller.create_volume(replace(volume("copy", 2 * self.size_bytes), source=source))
+
+    def clone(self, rig: Rig) -> None:
+        source = Source(SourceKind.VOLUME, rig.pool.id_of("a"))
+        rig.controller.create_volume(replace(volume("copy", self.size_bytes), source=source))
+
+    def delete_copy(self, rig: Rig) -> None:
+        rig.controller.delete_volume(rig.pool.id_of("copy"))
+
+    def second(self, rig: Rig) -> None:
+        rig.controller.create_volume(volume("b", self.size_bytes))
+
+    def group(self, rig: Rig) -> None:
+        rig.groups.create("g", [rig.pool.id_of("a"), rig.pool.id_of("b")], {})
+
+    def delete_group(self, rig: Rig) -> None:
+        rig.groups.delete(rig.pool.group_id_of("g"), [])
+
+    def delete_second(self, rig: Rig) -> None:
+        rig.controller.delete_volume(rig.pool.id_of("b"))
+
     def publish_inline(self, rig: Rig) -> None:
         rig.node.publish(inline(INLINE, self.target, self.size_bytes))
 
@@ -123,9 +160,23 @@ OPERATIONS = {
     "unpublish": Operation(Case.unpublish, (*UP, Case.publish), (Case.unpublish, Case.unstage)),
     # The caller cannot take a growth back; the filesystem may be grown when it is next staged.
     "expand": Operation(Case.expand, (*UP, Case.publish), (Case.unpublish, Case.unstage, Case.grow)),
+    "snapshot": Operation(Case.snapshot, (Case.fill,), (Case.delete_snapshot,), needs_root=False),
+    "snapshot-in-use": Operation(Case.snapshot, (*UP, Case.publish), (Case.delete_snapshot,)),
+    "delete-snapshot": Operation(
+        Case.delete_snapshot, (Case.fill, Case.snapshot), (Case.delete_snapshot,), needs_root=False
+    ),
+    "restore": Operation(Case.restore, (Case.fill, Case.snapshot), (Case.delete_copy,), needs_root=False),
+    "clone": Operation(Case.clone, (Case.fill,), (Case.delete_copy,), needs_root=False),
+    "group": Operation(Case.group, (Case.fill, Case.second), (Case.delete_group,), needs_root=False),
+    "delete-group": Operation(
+        Case.delete_group, (Case.fill, Case.second, Case.group), (Case.delete_group,), needs_root=False
+    ),
     "publish-inline": Operation(Case.publish_inline, undo=(Case.unpublish_inline,)),
     "unpublish-inline": Operation(Case.unpublish_inline, (Case.publish_inline,), (Case.unpublish_inline,)),
 }
+
+
+COPIES = ("snapshot", "snapshot-in-use", "delete-snapshot", "restore", "clone", "group", "delete-group")
 
 
 @dataclass(frozen=True)
@@ -133,6 +184,7 @@ class Picture:
     """All that an operation may leave. Equal pictures: the same state, but for what time decides."""
 
     volumes: dict[str, tuple[int, Record]]
+    snapshots: tuple[SnapshotRecord, ...]
     entries: tuple[str, ...]
     mounts: tuple[str, ...]
     loops: int
@@ -147,11 +199,15 @@ class Picture:
         homes = [rig.pool.catalog.home(volume_id) for volume_id in rig.pool.catalog.ids()]
         records = {home.id: rig.pool.catalog.read(home) for home in homes}
         return Picture(
+            snapshots=tuple(
+                structs.replace(one.record, created_at=0.0, shares={})
+                for one in rig.snapshots.listed(0, "", "", "")[0]
+            ),
             volumes={home.id: (rig.backend.size_bytes(home), _timeless(records[home.id])) for home in homes},
             entries=tuple(
                 sorted(
                     os.path.relpath(path, root)
-                    for area in ("volumes", "staging", "trash")
+                    for area in ("volumes", "snapshots", "groups", "staging", "trash")
                     for path in (root / area).glob("*/*")
                 )
             ),
@@ -170,7 +226,8 @@ class Picture:
 
 
 def _timeless(record: Record) -> Record:
-    return structs.replace(record, created_at=0.0)
+    # How much was shared depends on what the filesystem had written by then.
+    return structs.replace(record, created_at=0.0, shares={})
 
 
 def settled(case: Case, rig: Rig, expected: Picture) -> Picture:
@@ -203,7 +260,8 @@ def clear(case: Case, empty: Picture) -> None:
     if case.scene.kind.needs_root:
         run(case, (Case.unpublish, Case.unpublish_inline, Case.unstage))
         check_content(case)
-    run(case, (Case.delete,))
+    copies = (Case.delete_group, Case.delete_snapshot, Case.delete_copy, Case.delete_second)
+    run(case, (*copies, Case.delete))
     rig = case.scene.open()
     found = settled(case, rig, empty)
     assert found.same(empty), f"not back to {empty}: {found}"

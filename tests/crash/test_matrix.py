@@ -10,9 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.cases import IMAGE_XFS, OPERATIONS, Case, Operation, clear, picture_after, run, settled
+from tests.crash.cases import (
+    COPIES,
+    IMAGE_XFS,
+    OPERATIONS,
+    Case,
+    Operation,
+    clear,
+    picture_after,
+    run,
+    settled,
+)
 from tests.crash.tracer import Outcome, run_until
-from tests.rig import KINDS, Kind
+from tests.rig import KINDS, SHARING, Kind
 from tests.scene import clean_place, set_up
 
 pytestmark = pytest.mark.crash
@@ -34,7 +44,7 @@ def place() -> Iterator[Path]:
 
 def cases() -> Iterator[object]:
     for name, operation in OPERATIONS.items():
-        for kind in KINDS:
+        for kind in (*KINDS, SHARING[0]) if name in COPIES else KINDS:
             if operation.needs_root and not kind.needs_root:
                 continue
             if name == "expand" and kind.backend == "image":

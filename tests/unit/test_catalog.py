@@ -50,6 +50,7 @@ def test_new_pool_is_laid_out(tmp_path: Path) -> None:
     with_parents.close()
 
     assert {path.name for path in root.iterdir()} == {
+        "groups",
         "lock",
         "pool.json",
         "snapshots",

@@ -55,10 +55,10 @@ class Interposed:
         if hook is None:
             return method
 
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
             if not self.after:
                 hook(*arguments)
-            answer = method(*arguments)
+            answer = method(*arguments, **named)
             if self.after:
                 hook(*arguments)
             return answer

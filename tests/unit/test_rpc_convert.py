@@ -125,14 +125,14 @@ def test_create_of_a_device_has_no_filesystem() -> None:
             {"capacity_range": pb.CapacityRange(required_bytes=2, limit_bytes=1)},
             "less than required_bytes, 2",
         ),
-        ({"volume_content_source": pb.VolumeContentSource()}, "volume_content_source 'empty'"),
+        ({"volume_content_source": pb.VolumeContentSource()}, "volume_content_source: empty"),
         (
             {
                 "volume_content_source": pb.VolumeContentSource(
-                    snapshot=pb.VolumeContentSource.SnapshotSource(snapshot_id="s")
+                    snapshot=pb.VolumeContentSource.SnapshotSource()
                 )
             },
-            "volume_content_source 'snapshot'",
+            "volume_content_source.snapshot.snapshot_id: missing",
         ),
         ({"mutable_parameters": {"iops": "1"}}, "mutable_parameters: 'iops'"),
     ],

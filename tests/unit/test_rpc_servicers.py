@@ -38,7 +38,7 @@ def advertising(features: DriverFeatures) -> Iterator[Client]:
     nothing: Any = None
     services = [
         (SERVICES["Identity"], Identity("x.orlop.dev", features)),
-        (SERVICES["Controller"], ControllerService(nothing, features, "node-1")),
+        (SERVICES["Controller"], ControllerService(nothing, nothing, features, "node-1")),
         (SERVICES["Node"], NodeService(nothing, features)),
     ]
     with directory() as base, serving(Interceptor(services, Calls()), base) as client:
@@ -82,7 +82,12 @@ def test_what_the_plugin_can_do(features: DriverFeatures, grows: bool) -> None:
     services = [kinds.Name(one.service.type) for one in answer.capabilities if one.HasField("service")]
     online = pb.PluginCapability.VolumeExpansion.Type.ONLINE
     expansion = [one.volume_expansion.type for one in answer.capabilities if one.HasField("volume_expansion")]
-    assert services == ["CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS"]
+    assert services == [
+        "CONTROLLER_SERVICE",
+        "VOLUME_ACCESSIBILITY_CONSTRAINTS",
+        "GROUP_CONTROLLER_SERVICE",
+        "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS",
+    ]
     assert expansion == ([online] if grows else [])
 
 
@@ -96,6 +101,10 @@ def test_what_the_controller_can_do() -> None:
         "SINGLE_NODE_MULTI_WRITER",
         "GET_VOLUME_HEALTH",
         "LIST_VOLUME_HEALTH",
+        "CREATE_DELETE_SNAPSHOT",
+        "LIST_SNAPSHOTS",
+        "GET_SNAPSHOT",
+        "CLONE_VOLUME",
     }
     with advertising(NONE) as client:
         assert controller_can(client) == always
@@ -119,8 +128,6 @@ def test_what_the_node_can_do() -> None:
         ),
         pb.NodeUnstageVolumeRequest(volume_id="v", staging_target_path="/s"),
         pb.NodeExpandVolumeRequest(volume_id="v", volume_path="/p"),
-        pb.CreateSnapshotRequest(source_volume_id="v", name="s"),
-        pb.ListSnapshotsRequest(),
         pb.ControllerPublishVolumeRequest(),
         pb.ControllerModifyVolumeRequest(),
         pb.CreateVolumeGroupSnapshotRequest(),

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies that take longer than a call may: they go on behind it, a few at a time, and their end is kept for a repeat.
+
+Kept in memory only: a restart drops what is half made, and the repeat begins anew. What a copy is, `copies` says.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from csi_driver.errors import Aborted
+from csi_driver.linux.copy import Stopped, Transfer
+from csi_driver.model import Record, SnapshotRecord
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """One copy in the background, by the id of what it makes."""
+
+    def __init__(self, record: Record | SnapshotRecord, transfer: Transfer) -> None:
+        self.record = record
+        self.transfer = transfer
+        self.failure: BaseException | None = None
+        self._ended = threading.Event()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet (it may be waiting for its turn)."""
+        return not self._ended.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within so long."""
+        return self._ended.wait(timeout_s)
+
+    def end(self, failure: BaseException | None) -> None:
+        """Said by whoever runs it."""
+        self.failure = failure
+        self._ended.set()
+
+    def progress(self) -> str:
+        """For a message: how far it is."""
+        if not self.transfer.total_bytes:
+            return f"{self.transfer.done_bytes} bytes copied"
+        return f"{self.transfer.done_bytes} of {self.transfer.total_bytes} bytes copied"
+
+
+class Jobs:
+    """The background copies of one driver; at most `workers` run at once, the others wait.
+
+    Without workers each runs in the call that begins it.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="copy") if workers else None
+        self._guard = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self.finished = 0
+        self.failed = 0
+        self.copied_bytes = 0
+
+    def start(
+        self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None], held: ExitStack
+    ) -> Job:
+        """Run `work`; `held` (locks) is let go of when it has ended."""
+        job = Job(record, transfer)
+        with self._guard:
+            self._jobs[record.id] = job
+        if self._pool is None:
+            self._run(job, work, held)
+            return job
+        try:
+            self._pool.submit(self._run, job, work, held)
+        except RuntimeError as error:
+            with self._guard:
+                del self._jobs[record.id]
+            raise Aborted("the driver is stopping: repeat when it is back") from error
+        return job
+
+    def find(self, made_id: str) -> Job | None:
+        """The job that makes this, or that failed to and has not told anybody yet."""
+        with self._guard:
+            return self._jobs.get(made_id)
+
+    def all(self) -> list[Job]:
+        """The jobs that run or wait."""
+        with self._guard:
+            return [job for job in self._jobs.values() if job.is_running]
+
+    def take_failure(self, made_id: str) -> None:
+        """Raise what a job for this has ended in, once: the next call begins anew."""
+        with self._guard:
+            job = self._jobs.get(made_id)
+            if job is None or job.is_running:
+                return
+            del self._jobs[made_id]
+        if job.failure is not None:
+            raise job.failure
+
+    def call_off(self, made_id: str) -> bool:
+        """Have a job end soon without a result; whether there is one still running."""
+        job = self.find(made_id)
+        if job is None:
+            return False
+        job.transfer.stop()
+        if not job.wait(1.0):
+            return True
+        with self._guard:
+            self._jobs.pop(made_id, None)
+        return False
+
+    def stop(self) -> None:
+        """End all: what is half made is removed."""
+        for job in self.all():
+            job.transfer.stop()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=False)
+
+    def _run(self, job: Job, work: Callable[[], None], held: ExitStack) -> None:
+        failure: BaseException | None = None
+        try:
+            with held:
+                job.transfer.check()
+                work()
+        except Stopped as error:
+            failure = Aborted(f"{job.record.id!r}: {error}: repeat, and it begins anew")
+        except Exception as error:  # noqa: BLE001 - told to the next call, as if it had happened there
+            failure = error
+            log.error("copy %s failed: %s", job.record.id, error)
+        with self._guard:
+            if failure is None:
+                self._jobs.pop(job.record.id, None)
+                self.finished += 1
+            else:
+                self.failed += 1
+            self.copied_bytes += job.transfer.done_bytes
+        job.end(failure)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy one file's content into another: shared where the filesystem can, else data by data, holes left holes.
+
+How fast it may go and when it must stop, a `Transfer` says. Trees of files are in `treecopy`.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from csi_driver.linux import syscall
+
+_CHUNK: Final = 8 << 20
+
+
+class Stopped(Exception):
+    """A copy was told to stop, or was out of time, before its end."""
+
+
+class Rate:
+    """Bytes a second that several copies may move together; 0 is no limit."""
+
+    def __init__(self, bytes_per_s: int = 0) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._guard = threading.Lock()
+        self._free_at = 0.0
+
+    def take(self, size: int) -> float:
+        """Book so many bytes; how long to wait until they may be moved, in seconds."""
+        if not self._bytes_per_s:
+            return 0.0
+        with self._guard:
+            now = time.monotonic()
+            begin = max(now, self._free_at)
+            self._free_at = begin + size / self._bytes_per_s
+            return begin - now
+
+
+class Transfer:
+    """One copy under way: how far it is, and whether it may go on. Read by other threads."""
+
+    def __init__(self, rate: Rate | None = None, deadline: float | None = None) -> None:
+        self.done_bytes = 0
+        self.total_bytes = 0
+        """What there is to copy, as far as it is known; 0 if it is not."""
+        self._rate = rate or Rate()
+        self.deadline = deadline
+        """On time.monotonic's clock; may be set later."""
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Have it end at the next step."""
+        self._stopping.set()
+
+    def check(self) -> None:
+        """Raises Stopped: it may not go on."""
+        if self._stopping.is_set():
+            raise Stopped("the copy was called off")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise Stopped("the copy was out of time")
+
+    def advance(self, size: int) -> None:
+        """About to move so many bytes: waits for its turn. Raises Stopped."""
+        self.check()
+        wait = self._rate.take(size)
+        if wait > 0 and self._stopping.wait(wait):
+            self.check()
+        self.done_bytes += size
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not a hole, in order; all of it where the filesystem does not tell."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if error.errno != errno.EINVAL:
+                raise syscall.failure("lseek SEEK_DATA", syscall.describe(fd), error.errno) from None
+            yield end, size
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start < end:
+            yield start, end
+
+
+def data_bytes(fd: int) -> int:
+    """How much of the file is not holes."""
+    return sum(end - start for start, end in data_ranges(fd, os.fstat(fd).st_size))
+
+
+def copy_sparse(src_fd: int, dst_fd: int, transfer: Transfer) -> None:
+    """Make the empty destination read as the source; it shares nothing with it. Not synced.
+
+    Blocks that the destination has allocated stay so. Raises Stopped; OSError: ENOSPC, EDQUOT, EIO, …
+    """
+    size = os.fstat(src_fd).st_size
+    if os.fstat(dst_fd).st_size < size:
+        os.ftruncate(dst_fd, size)
+    for start, end in data_ranges(src_fd, size):
+        os.lseek(dst_fd, start, os.SEEK_SET)
+        while start < end:
+            step = min(end - start, _CHUNK)
+            transfer.advance(step)
+            moved = _move(src_fd, dst_fd, start, step)
+            if not moved:
+                return  # the source was cut meanwhile
+            start += moved
+
+
+def _move(src_fd: int, dst_fd: int, offset: int, size: int) -> int:
+    # Not copy_file_range: on a filesystem that can, it shares the blocks instead of copying them.
+    try:
+        return os.sendfile(dst_fd, src_fd, offset, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise syscall.failure("sendfile", syscall.describe(dst_fd), error.errno) from None
+    data = os.pread(src_fd, size, offset)
+    written = os.write(dst_fd, data)
+    return written

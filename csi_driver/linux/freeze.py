@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop all writes to mounted filesystems for a moment, and never for longer, whatever becomes of this process.
+
+A filesystem that stays frozen hangs every program that writes to it, and closing a descriptor thaws nothing. So a
+second process (`watchdog`) holds the descriptors: it thaws when this one dies, or when time is up. What is done in
+the moment is the caller's business.
+"""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from csi_driver.linux import online, syscall
+
+_ANSWER_S: Final = 10.0
+
+
+class FreezeFailed(Exception):
+    """The filesystems could not be frozen, or not for as long as was needed."""
+
+
+class Freezer:
+    """Freezes one set of filesystems at a time. Its watchdog starts at the first freeze and ends with `close`."""
+
+    def __init__(self, limit_s: float = 5.0) -> None:
+        self.limit_s = limit_s
+        self.longest_s = 0.0
+        self.count = 0
+        self.total_s = 0.0
+        self._guard = threading.Lock()
+        self._watchdog: _Watchdog | None = None
+
+    @contextmanager
+    def frozen(self, fds: Sequence[int]) -> Iterator[float]:
+        """Nothing is written to the filesystems of `fds` while the body runs; it gets its deadline (time.monotonic).
+
+        They are written out before, so that the moment is short. The body's work counts only if this ends well.
+
+        Raises:
+            FreezeFailed: one is frozen by somebody else, or the body took longer than the limit, so that the
+                filesystems were thawed under it.
+        """
+        with self._guard:
+            for fd in fds:
+                syscall.syncfs(fd)
+            dog = self._ready()
+            dog.guard(fds, self.limit_s)
+            began = time.monotonic()
+            held: list[int] = []
+            late = True
+            try:
+                for fd in fds:
+                    _freeze(fd)
+                    held.append(fd)
+                yield began + self.limit_s
+            finally:
+                late = not _thaw(held)
+                self._count(time.monotonic() - began)
+                late = not dog.release() or late
+            if late:
+                raise FreezeFailed(
+                    f"it took longer than freeze_timeout, {self.limit_s:g} s, and the filesystem was thawed meanwhile"
+                )
+
+    def close(self) -> None:
+        """End the watchdog."""
+        with self._guard:
+            if self._watchdog is not None:
+                self._watchdog.close()
+                self._watchdog = None
+
+    def _ready(self) -> "_Watchdog":
+        if self._watchdog is None or not self._watchdog.is_alive():
+            self._watchdog = _Watchdog()
+        return self._watchdog
+
+    def _count(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.longest_s = max(self.longest_s, seconds)
+
+
+class _Watchdog:
+    """The second process, and the socket to it. The protocol is in `watchdog`."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = Path(__file__).with_name("watchdog.py")
+        try:
+            # Isolated: it needs nothing of ours, and starts in a few milliseconds so.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", program, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # A Ctrl-C is not for it: its end would be the freeze's guard gone.
+                start_new_session=True,
+                pass_fds=(theirs.fileno(),),
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._socket = ours
+        ours.settimeout(_ANSWER_S)
+
+    def is_alive(self) -> bool:
+        if self._process.poll() is None:
+            return True
+        self._socket.close()
+        return False
+
+    def guard(self, fds: Sequence[int], limit_s: float) -> None:
+        """It holds the filesystems from here on: they are thawed at the limit, or when this process dies."""
+        try:
+            socket.send_fds(self._socket, [f"{limit_s}".encode()], list(fds))
+            answer = self._socket.recv(16)
+        except OSError as error:
+            self.close()
+            raise FreezeFailed(f"the watchdog of freezes does not answer: {error}") from error
+        if answer != b"armed":
+            self.close()
+            raise FreezeFailed("the watchdog of freezes has died")
+
+    def release(self) -> bool:
+        """It need not any more. False: it has thawed, as time was up."""
+        try:
+            self._socket.send(b"done")
+            return self._socket.recv(16) == b"ended"
+        except OSError:
+            self.close()
+            return False
+
+    def close(self) -> None:
+        self._socket.close()
+        try:
+            self._process.wait(_ANSWER_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _freeze(fd: int) -> None:
+    try:
+        online.freeze(fd)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise FreezeFailed(
+                f"{syscall.describe(fd)} is frozen by somebody else: thaw it (fsfreeze -u)"
+            ) from error
+        raise
+
+
+def _thaw(fds: Sequence[int]) -> bool:
+    """Thaw all; False if one was thawed already."""
+    good = True
+    for fd in reversed(fds):
+        try:
+            online.thaw(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            good = False
+    return good
+
+
+def is_frozen(fd: int) -> bool:
+    """Whether the filesystem is frozen now (found out by freezing it for an instant). For tests and tools."""
+    try:
+        online.freeze(fd)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise
+    online.thaw(fd)
+    return False
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors that were gathered for a freeze."""
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy a directory tree that strangers may be writing in, with everything that a file is.
+
+Kept: content (shared or copied, holes stay holes), owner, mode, times, extended attributes and so ACLs and file
+capabilities, hard links within the tree, symlinks, fifos, sockets, device nodes, any name, any depth. Not kept: flags
+of chattr(1), and what is mounted in the tree. Not of one moment: what changes meanwhile is copied as it is met.
+
+The source is resolved beneath its descriptor, through no symlink; the destination must be out of everybody's sight.
+"""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import Final
+
+from csi_driver.linux import files, syscall
+from csi_driver.linux.copy import Transfer, copy_sparse
+
+_WITHIN: Final = (
+    syscall.RESOLVE_BENEATH
+    | syscall.RESOLVE_NO_SYMLINKS
+    | syscall.RESOLVE_NO_MAGICLINKS
+    | syscall.RESOLVE_NO_XDEV
+)
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
+# Non-blocking, for a fifo that has taken a file's place since it was looked at.
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_PIECE: Final = 4000
+"""Bytes of a path that are surely resolved at once (PATH_MAX is 4096)."""
+_CANNOT_SHARE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY)
+_NO_ATTRIBUTES: Final = (errno.EOPNOTSUPP, errno.ENODATA)
+
+
+@dataclass
+class _Copy:
+    """One run: where from and to, and the first place of each file with several names."""
+
+    src_fd: int
+    dst_fd: int
+    transfer: Transfer
+    share: bool
+    links: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def copy_tree(src_fd: int, dst_fd: int, transfer: Transfer, *, share: bool) -> None:
+    """Fill the empty directory `dst_fd` with what is in `src_fd`, and make it like it. Not synced.
+
+    With `share`, files share their blocks with the source's where the filesystem can. What disappears meanwhile is
+    left out.
+
+    Raises copy.Stopped; OSError: ENOSPC, EDQUOT, EIO, EPERM without root's powers, …
+    """
+    run = _Copy(src_fd, dst_fd, transfer, share)
+    waiting = [""]
+    while waiting:
+        path = waiting.pop()
+        transfer.check()
+        try:
+            source = _open(src_fd, path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # gone, or replaced by something that is no directory any more
+        except OSError as error:
+            # A mount point, or a symlink put in a directory's place: what is there is not the volume's.
+            if error.errno not in (errno.EXDEV, errno.ELOOP):
+                raise
+            continue
+        try:
+            target = _open(dst_fd, path)
+            try:
+                waiting += _copy_directory(run, source, target, path)
+                # Complete: what will be made in its subdirectories changes nothing of it.
+                _describe(source, target, os.fstat(source))
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+
+def _copy_directory(run: _Copy, source: int, target: int, path: str) -> list[str]:
+    """Make all that is directly in one directory; the paths of its subdirectories, empty yet."""
+    below = []
+    with os.scandir(source) as entries:
+        for entry in entries:
+            place = f"{path}/{entry.name}" if path else entry.name
+            try:
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode):
+                    os.mkdir(entry.name, 0o700, dir_fd=target)
+                    below.append(place)
+                else:
+                    _copy_entry(run, source, target, entry.name, place, found)
+            except FileNotFoundError:
+                continue
+    return below
+
+
+def _copy_entry(run: _Copy, source: int, target: int, name: str, place: str, found: os.stat_result) -> None:
+    if found.st_nlink > 1 and _link(run, target, name, place, (found.st_dev, found.st_ino)):
+        return
+    if stat.S_ISREG(found.st_mode):
+        _copy_file(run, source, target, name)
+    elif stat.S_ISLNK(found.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        _describe_unopened(source, target, name, found)
+    else:
+        os.mknod(name, found.st_mode, found.st_rdev, dir_fd=target)
+        _describe_unopened(source, target, name, found)
+
+
+def _link(run: _Copy, target: int, name: str, place: str, identity: tuple[int, int]) -> bool:
+    """Give a file that has been copied already its other name; False if this is the first."""
+    first = run.links.setdefault(identity, place)
+    if first == place:
+        return False
+    folder, _, leaf = first.rpartition("/")
+    parent = _open(run.dst_fd, folder)
+    try:
+        os.link(leaf, name, src_dir_fd=parent, dst_dir_fd=target, follow_symlinks=False)
+    except FileNotFoundError:
+        # The first name was gone before it could be copied.
+        run.links[identity] = place
+        return False
+    finally:
+        os.close(parent)
+    return True
+
+
+def _copy_file(run: _Copy, source: int, target: int, name: str) -> None:
+    try:
+        src_fd = syscall.openat2(source, name, _FILE, 0, _WITHIN)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.EACCES):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name) from error
+    try:
+        found = os.fstat(src_fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name)
+        dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+        try:
+            if found.st_size:
+                _copy_content(run, src_fd, dst_fd, found)
+            else:
+                run.transfer.advance(0)
+            _describe(src_fd, dst_fd, found)
+        finally:
+            os.close(dst_fd)
+    finally:
+        os.close(src_fd)
+
+
+def _copy_content(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result) -> None:
+    if run.share:
+        try:
+            files.clone_file(src_fd, dst_fd)
+        except OSError as error:
+            if error.errno not in _CANNOT_SHARE:
+                raise
+        else:
+            run.transfer.advance(0)
+            return
+    copy_sparse(src_fd, dst_fd, run.transfer)
+
+
+def _describe(src_fd: int, dst_fd: int, found: os.stat_result) -> None:
+    """Owner, mode, attributes and times, in the order in which one does not undo the other."""
+    if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+        os.fchown(dst_fd, found.st_uid, found.st_gid)
+    os.fchmod(dst_fd, stat.S_IMODE(found.st_mode))
+    for name in _attributes(src_fd):
+        try:
+            os.setxattr(dst_fd, name, os.getxattr(src_fd, name))
+        except OSError as error:
+            if error.errno not in _NO_ATTRIBUTES:
+                raise
+    os.utime(dst_fd, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def _describe_unopened(source: int, target: int, name: str, found: os.stat_result) -> None:
+    """The same for what must not be opened: symlinks, fifos, sockets, devices."""
+    os.chown(name, found.st_uid, found.st_gid, dir_fd=target, follow_symlinks=False)
+    if not stat.S_ISLNK(found.st_mode):
+        os.chmod(name, stat.S_IMODE(found.st_mode), dir_fd=target)
+    old, new = f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{name}"
+    for attribute in _attributes(old):
+        try:
+            os.setxattr(
+                new, attribute, os.getxattr(old, attribute, follow_symlinks=False), follow_symlinks=False
+            )
+        except OSError as error:
+            if error.errno not in _NO_ATTRIBUTES:
+                raise
+    os.utime(name, ns=(found.st_atime_ns, found.st_mtime_ns), dir_fd=target, follow_symlinks=False)
+
+
+def _attributes(place: int | str) -> list[str]:
+    try:
+        return os.listxattr(place) if isinstance(place, int) else os.listxattr(place, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_ATTRIBUTES:
+            raise
+        return []
+
+
+def _open(root_fd: int, path: str) -> int:
+    """The directory at a path beneath `root_fd`, however long the path is."""
+    encoded = os.fsencode(path)
+    if len(encoded) <= _PIECE:
+        return syscall.openat2(root_fd, path or ".", _DIRECTORY, 0, _WITHIN)
+    cut = encoded.rindex(b"/", 0, _PIECE)
+    upper = _open(root_fd, os.fsdecode(encoded[:cut]))
+    try:
+        return _open(upper, os.fsdecode(encoded[cut + 1 :]))
+    finally:
+        os.close(upper)
