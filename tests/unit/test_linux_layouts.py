@@ -173,7 +173,8 @@ def test_layouts_and_numbers_are_those_of_the_kernel(tmp_path: Path) -> None:
 def test_what_newer_or_private_headers_define_has_its_documented_size() -> None:
     # statmount(2), kernel 6.8; xfs_fs.h.
     assert ctypes.sizeof(mount.MountIdRequest) == 24
-    assert (mount.Statmount.mnt_id.offset, mount.Statmount.mnt_attr.offset) == (40, 64)
+    offsets = {name: getattr(mount.Statmount, name).offset for name in ("mnt_id", "mnt_attr")}
+    assert offsets == {"mnt_id": 40, "mnt_attr": 64}
     assert (ctypes.sizeof(online.XfsGeometry), ctypes.sizeof(online.XfsGrowData)) == (112, 16)
     assert online.XFS_IOC_FSGEOMETRY_V1 == 0x80705864
     assert online.XFS_IOC_FSGROWFSDATA == 0x4010586E
