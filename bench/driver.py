@@ -36,7 +36,8 @@ class Driver:
             RuntimeError: it ended, or made no socket in time; with the end of its log.
         """
         self.socket.unlink(missing_ok=True)
-        argv = [sys.executable, "-m", "csi_driver", "serve"]
+        # Ends with us, however we end.
+        argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "csi_driver", "serve"]
         argv += ["--config", os.fspath(self._config), "--endpoint", f"unix://{self.socket}"]
         began = time.perf_counter()
         with self._log.open("ab") as log:

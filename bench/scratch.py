@@ -17,6 +17,7 @@ MKFS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
 }
 _DETACH_TIMEOUT_S = 10.0
+_UNMOUNT_TRIES = 20
 
 
 def run(*argv: str | Path) -> str:
@@ -64,14 +65,30 @@ class Scratch:
         return {name: file for name, file in files.items() if file.is_relative_to(self.root)}
 
     def clear(self) -> None:
+        # A device in use goes when its last user does: first, so that none keeps the filesystem that its file is on.
+        self._detach()
         for point in self.mounts():
-            run("umount", point)
-        for device in self.loops():
-            run("losetup", "--detach", device)
+            _unmount(point)
+        self._detach()
         deadline = time.monotonic() + _DETACH_TIMEOUT_S
         while self.loops() and time.monotonic() < deadline:
             time.sleep(0.05)
         shutil.rmtree(self.root)
+
+    def _detach(self) -> None:
+        for device in self.loops():
+            run("losetup", "--detach", device)
+
+
+def _unmount(point: Path) -> None:
+    """With patience, then lazily: what still uses it must not keep the rest from being cleared."""
+    for _ in range(_UNMOUNT_TRIES):
+        try:
+            run("umount", point)
+            return
+        except RuntimeError:
+            time.sleep(0.1)
+    run("umount", "--lazy", point)
 
 
 def _write_zeros(fd: int, size_bytes: int) -> None:

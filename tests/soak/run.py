@@ -163,7 +163,7 @@ def main() -> int:
         if "Traceback" in log:
             at = log.index("Traceback")
             soak.journal.fault(f"the driver's log has a traceback: {log[at - 300 : at + 1500]}")
-    return report(soak, volumes, arguments)
+        return report(soak, volumes, arguments)
 
 
 def report(soak: Soak, volumes: list[Volume], arguments: argparse.Namespace) -> int:
