@@ -73,7 +73,7 @@ class DirectoryBackend:
     def check(self) -> None:
         with Directory(directories.open_nearest(self._pool.root)) as directory:
             self._fs_type = files.filesystem_type(directory.fd)
-            problem = quota.state(directory.fd) if self._enforces else None
+            problem = (quota.state(directory.fd) or _inherited(directory.fd)) if self._enforces else None
             self._shares = not files.is_read_only(directory.fd) and files.supports_reflink(directory.fd)
         if problem:
             raise ConfigurationError(
@@ -236,3 +236,12 @@ def free_id(volume_id: str, is_used: Callable[[int], bool]) -> int:
 def _is_used(root_fd: int, project_id: int) -> bool:
     found = quota.get(root_fd, project_id)
     return bool(found.limit_bytes or found.limit_inodes or found.used_bytes or found.used_inodes)
+
+
+def _inherited(root_fd: int) -> str | None:
+    """Why volumes cannot have projects of their own here; None if they can."""
+    project = quota.project(root_fd)
+    if not project:
+        return None
+    # What is made in a directory with a project has that project, and the kernel moves nothing from one to another.
+    return f"the directory belongs to project {project} itself: take it out (chattr -p 0 -P) or choose another root"

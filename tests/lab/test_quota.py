@@ -363,3 +363,13 @@ def test_a_filesystem_that_does_not_enforce_is_refused(
 
     with pytest.raises(ConfigurationError, match=said):
         open_rig(configure(QUOTA, disk.target / "pool"))
+
+
+def test_a_root_that_belongs_to_a_project_is_refused(place: Place) -> None:
+    place.config.root.mkdir()
+    fd = os.open(place.config.root, os.O_RDONLY | os.O_DIRECTORY)
+    quota.set_project(fd, 7)
+    os.close(fd)
+
+    with pytest.raises(ConfigurationError, match="belongs to project 7"):
+        open_rig(place.config)
