@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -70,6 +71,8 @@ class Pool:
         # What a volume may write beyond its size is looked up, set and counted by one thread at a time.
         self._allowing = threading.Lock()
         self._counted_at = 0.0
+        # Thousands of volumes come from a few classes.
+        self._parsed = lru_cache(maxsize=64)(self._parse)
         self.on_trash: Callable[[], None] = lambda: None
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
@@ -161,8 +164,11 @@ class Pool:
 
     def parameters(self, record: Record) -> Parameters:
         """What the parameters that a volume was made with mean."""
-        own = {key: value for key, value in record.parameters.items() if key not in PLACEMENT_KEYS}
-        return self.backend.parse(own, record.access_type, record.fs_type)
+        return self._parsed(tuple(record.parameters.items()), record.access_type, record.fs_type)
+
+    def _parse(self, given: tuple[tuple[str, str], ...], access_type: AccessType, fs_type: str) -> Parameters:
+        own = {key: value for key, value in given if key not in PLACEMENT_KEYS}
+        return self.backend.parse(own, access_type, fs_type)
 
     def size_bytes(self, home: Home) -> int:
         """The volume's size as the storage has it; 0 where none is enforced."""
