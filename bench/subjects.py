@@ -35,12 +35,12 @@ SUBJECTS = (
 """For the latency of calls."""
 
 LIVES = (
-    Subject("directory", "directory", Kind("directory", GIB)),
-    Subject("btrfs", "btrfs", Kind("btrfs", GIB)),
-    Subject("image block", "image", Kind("image", GIB, block=True)),
-    Subject("image ext4", "image", Kind("image", GIB, fs_type="ext4")),
+    Subject("directory", "directory", Kind("directory", 64 * MIB)),
+    Subject("btrfs", "btrfs", Kind("btrfs", 64 * MIB)),
+    Subject("image block", "image", Kind("image", 64 * MIB, block=True)),
+    Subject("image ext4", "image", Kind("image", 64 * MIB, fs_type="ext4")),
 )
-"""For whole lives, several at a time."""
+"""For whole lives, several at a time: small, for what is deleted takes room until its files are removed."""
 
 _THIN = {"provisioning": "thin"}
 KEPT = (
