@@ -44,6 +44,7 @@ _ATTEMPTS: Final = 500
 # What a device answers that another has taken, or is just being made or removed.
 _TAKEN: Final = frozenset((errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT))
 _CLEAR_TIMEOUT_S: Final = 1.0
+_RELEASE_TIMEOUT_S: Final = 0.5
 
 
 class LoopInfo64(ctypes.Structure):
@@ -343,7 +344,8 @@ def release(loop: Loop) -> bool:
     """Take the file from behind the device, at once or when its last user lets go; whether it is gone already.
 
     A mount that another mount namespace has copied keeps a device in use for as long as that namespace lives, and
-    nobody here can end it. The kernel clears the device then (LO_FLAGS_AUTOCLEAR). `keep` takes it back.
+    nobody here can end it. The kernel clears the device then (LO_FLAGS_AUTOCLEAR). `keep` takes it back. What only takes
+    the kernel a moment, after an unmount, is waited for.
     """
     if _clear(loop):
         return True
@@ -355,7 +357,17 @@ def release(loop: Loop) -> bool:
         ioctl(fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
     finally:
         os.close(fd)
-    return get(loop.number) is None
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while not _is_gone(loop):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_gone(loop: Loop) -> bool:
+    now = get(loop.number)
+    return now is None or (now.backing_device, now.backing_inode) != (loop.backing_device, loop.backing_inode)
 
 
 def _open_if_ours(loop: Loop, flags: int) -> tuple[int, LoopInfo64] | None:
