@@ -73,8 +73,6 @@ class Transfer:
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, end) of what is not a hole, in order; all of it where the filesystem does not tell."""
-    # Pages of an allocated but unwritten block that somebody has read count as data while they are cached.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     end = 0
     while end < size:
         try:
