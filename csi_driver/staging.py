@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from csi_driver.backends import directories
 from csi_driver.backends.base import PAYLOAD_DIRECTORY, Device, Directory
 from csi_driver.catalog import Home
 from csi_driver.errors import Error, FailedPrecondition, InvalidArgument, NotFound, invalid
@@ -223,7 +224,7 @@ def _fit(volume: Local, staging: Path) -> None:
 
 def _ensure_directory(dir_fd: int, path: str, parameters: Parameters) -> int:
     """A directory in the volume, with the owner and mode that its parameters ask for."""
-    mode = 0o755 if parameters.mode is None else parameters.mode
+    mode = directories.DEFAULT_MODE if parameters.mode is None else parameters.mode
     uid, gid = parameters.uid or 0, parameters.gid or 0
     # Made again after a crash if need be: the sync of what pods write there keeps it too.
     return files.ensure_directory(dir_fd, path, mode=mode, uid=uid, gid=gid, durable=False)

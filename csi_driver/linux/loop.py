@@ -404,8 +404,7 @@ def _clear(loop: Loop) -> bool:
         os.close(fd)  # The last close clears it.
     if not os.path.exists(f"{_SYS_BLOCK}/loop{loop.number}/loop"):
         return True
-    now = _look(loop.number)
-    return now is None or (now.backing_device, now.backing_inode) != (loop.backing_device, loop.backing_inode)
+    return _is_gone(loop)
 
 
 def keep(loop: Loop) -> bool:
