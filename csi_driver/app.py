@@ -101,7 +101,7 @@ def build(config: Config) -> Driver:
         opened = {}
         for name, pool_config in config.pools.items():
             opened[name] = _open_pool(pool_config, undo)
-        pools = Pools(opened, config.default_pool, config.retired_tags)
+        pools = Pools(opened, config.default_pool, config.retired_tags, config.elsewhere)
         features = _features(config, pools)
         info = _node_info(config, features)
         locks, health, calls = Locks(), Health(pools), Calls()

@@ -75,6 +75,8 @@ class Config:
     expansion: Expansion = "node"
     max_volumes_per_node: int = 0
     retired_tags: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+    """Pools and types that other nodes of the cluster have, and this one has not."""
     workers: int = 16
     drain_timeout_s: float = 20.0
     freeze_timeout_s: float = 5.0
@@ -101,6 +103,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     expansion: Expansion = "node"
     max_volumes_per_node: int = 0
     retired_tags: list[str] = []
+    elsewhere: list[str] = []
     workers: int = 16
     drain_timeout: str | int = "20s"
     freeze_timeout: str | int = "5s"
@@ -144,6 +147,7 @@ def parse(text: str, name: str = "configuration") -> Config:
         expansion=file.expansion,
         max_volumes_per_node=file.max_volumes_per_node,
         retired_tags=frozenset(file.retired_tags),
+        elsewhere=frozenset(file.elsewhere),
         workers=file.workers,
         drain_timeout_s=_at(f"{name}: drain_timeout", parse_duration, file.drain_timeout),
         freeze_timeout_s=_at(f"{name}: freeze_timeout", parse_duration, file.freeze_timeout),

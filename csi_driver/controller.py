@@ -165,7 +165,11 @@ class Controller:
     def capacity(
         self, capabilities: tuple[Capability, ...], parameters: Mapping[str, str], segments: Segments | None
     ) -> Capacity:
-        """Room for such volumes on this node; all of it 0 where they cannot be made.
+        """Room for such volumes on this node; all of it 0 where they cannot be made but another node may.
+
+        What is wrong wherever it is asked for (a misspelt pool, a bad option) counts as having room: with none, the
+        scheduler would hold its pods back for want of storage. So they come as far as CreateVolume, whose refusal
+        their user reads in the claim's events.
 
         CSI: GetCapacity.
         """
@@ -175,8 +179,10 @@ class Controller:
         try:
             self._check_place(parameters)
             pools = self._pools.candidates(parameters)
-        except (InvalidArgument, ResourceExhausted):
+        except ResourceExhausted:
             return nothing
+        except InvalidArgument:
+            pools = list(self._pools)
         rooms = [self._room(pool, capabilities, parameters) for pool in pools]
         # A volume lies in one pool: the largest room, not the sum, is what a scheduler may count on.
         return max((room for room in rooms if room), key=lambda room: room.available_bytes, default=nothing)
@@ -277,8 +283,6 @@ class Controller:
             asked = capabilities or (Capability(AccessType.MOUNT, AccessMode.SINGLE_NODE_WRITER),)
             return pool.capacity(access_type_of(asked), parse_parameters(pool, parameters, asked))
         except InvalidArgument:
-            # Room is not what is wrong with such a class. With none, the scheduler would hold its pods back for want of
-            # storage; so they come as far as CreateVolume, whose refusal their user reads in the claim's events.
             return pool.capacity()
 
     def _check_topology(self, topology: TopologyRequirement) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """All pools of one driver: which one a volume is in, which ones may take a new one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from csi_driver.catalog import Home
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, invalid
 from csi_driver.model import VolumeId
 from csi_driver.pool import Pool
 
@@ -13,11 +13,16 @@ class Pools:
     """The pools by name, in the order of the configuration."""
 
     def __init__(
-        self, pools: Mapping[str, Pool], default_pool: str = "", retired_tags: frozenset[str] = frozenset()
+        self,
+        pools: Mapping[str, Pool],
+        default_pool: str = "",
+        retired_tags: frozenset[str] = frozenset(),
+        elsewhere: frozenset[str] = frozenset(),
     ) -> None:
         self._pools = dict(pools)
         self._default_pool = default_pool
         self._retired_tags = retired_tags
+        self._elsewhere = elsewhere
 
     def __iter__(self) -> Iterator[Pool]:
         return iter(self._pools.values())
@@ -98,23 +103,21 @@ class Pools:
         """The pools that may take a volume with these parameters, the one with most room first.
 
         Raises:
-            InvalidArgument: `pool` or `type` names nothing that is configured here.
+            ResourceExhausted: `pool` or `type` names what the configuration says that other nodes have.
+            InvalidArgument: it names nothing that is known here.
         """
         name, label = parameters.get("pool", ""), parameters.get("type", "")
         if name:
-            chosen = [self.named(name)]
+            self._check_here("pool", name, self._pools.keys())
+            chosen = [self._pools[name]]
             if label and label not in chosen[0].config.classes:
                 raise invalid(
                     "parameters.type", label, f"pool {name!r} does not carry it; leave one of the two out"
                 )
             return chosen
         if label:
+            self._check_here("type", label, {known for pool in self for known in pool.config.classes})
             chosen = [pool for pool in self if label in pool.config.classes]
-            if not chosen:
-                known = sorted({known for pool in self for known in pool.config.classes})
-                raise invalid(
-                    "parameters.type", label, f"no pool here carries it; types: {', '.join(known) or 'none'}"
-                )
         else:
             chosen = self._defaults()
         return sorted(chosen, key=Pool.room, reverse=True)
@@ -129,6 +132,18 @@ class Pools:
         if pool is None:
             raise invalid(field, name, f"no such pool on this node; pools: {', '.join(sorted(self._pools))}")
         return pool
+
+    def _check_here(self, key: str, value: str, known: Collection[str]) -> None:
+        if value in known:
+            return
+        if value in self._elsewhere:
+            raise ResourceExhausted(f"parameters.{key} {value!r}: other nodes have it, this one has not")
+        raise invalid(
+            f"parameters.{key}",
+            value,
+            f"no such {key} on this node, which knows {', '.join(sorted(known)) or 'none'}; correct the class, or, if "
+            "other nodes have it, name it in `elsewhere` of this node's configuration",
+        )
 
     def _defaults(self) -> list[Pool]:
         """Without `pool` and `type`: the configured default, the only pool, or any that keeps sizes."""

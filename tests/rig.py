@@ -143,7 +143,9 @@ def open_pool(pool_config: PoolConfig) -> Pool:
     return pool
 
 
-def open_rig(*pool_configs: PoolConfig, default_pool: str = "") -> Rig:
+def open_rig(
+    *pool_configs: PoolConfig, default_pool: str = "", elsewhere: frozenset[str] = frozenset()
+) -> Rig:
     opened: dict[str, Pool] = {}
     try:
         for pool_config in pool_configs:
@@ -152,7 +154,7 @@ def open_rig(*pool_configs: PoolConfig, default_pool: str = "") -> Rig:
         for pool in opened.values():
             pool.close()
         raise
-    return Rig(Pools(opened, default_pool))
+    return Rig(Pools(opened, default_pool, elsewhere=elsewhere))
 
 
 @contextmanager

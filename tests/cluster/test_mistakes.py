@@ -25,8 +25,10 @@ def a_class(name: str, parameters: dict[str, str]) -> Iterator[None]:
         ({"type": "cloud_ssd", "mode": "rwx"}, ["rwx", "octal"]),
         ({"pool": "shared", "fsType": "xfs"}, ["xfs", "btrfs"]),
         ({"type": "cloud_ssd", "mkfsOptions": "-F /etc"}, ["mkfsOptions"]),
+        ({"pool": "slow"}, ["slow", "shared"]),
+        ({"type": "cloud_gold"}, ["cloud_gold", "cloud_ssd"]),
     ],
-    ids=["unknown-key", "filesystem", "mode", "filesystem-of-pool", "mkfs-options"],
+    ids=["unknown-key", "filesystem", "mode", "filesystem-of-pool", "mkfs-options", "pool", "type"],
 )
 def test_a_wrong_parameter_is_told_in_the_claims_events(
     namespace: Namespace, parameters: dict[str, str], words: list[str]
@@ -42,13 +44,13 @@ def test_a_wrong_parameter_is_told_in_the_claims_events(
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"pool": "slow"}, {"type": "cloud_gold"}, {"type": "cloud_ssd", "regionId": "region-9"}],
-    ids=["pool", "type", "region"],
+    [{"type": "cloud_nvme"}, {"type": "cloud_ssd", "regionId": "region-9"}],
+    ids=["type", "region"],
 )
 def test_what_no_node_offers_is_told_in_the_pods_events(
     namespace: Namespace, parameters: dict[str, str]
 ) -> None:
-    # Another node might have such a pool: each says that it has no room, and only the scheduler sees them all.
+    # Other nodes are known to have such a pool or region: each says that it has no room, and only the scheduler sees them all.
     with a_class("elsewhere", parameters):
         namespace.apply(claim("data", storage_class="elsewhere"), pod("app", {"/data": "data"}))
 

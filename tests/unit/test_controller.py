@@ -247,12 +247,16 @@ def test_capacity_is_for_this_node_only(rig: Rig) -> None:
     assert rig.controller.capacity((), {}, ELSEWHERE) == NOTHING
 
 
-@pytest.mark.parametrize("parameters", [{"pool": "none"}, {"type": "none"}, {"regionId": "r"}])
-def test_capacity_for_what_cannot_be_made_here_is_nothing(rig: Rig, parameters: dict[str, str]) -> None:
-    assert rig.controller.capacity((), parameters, None) == NOTHING
+@pytest.mark.parametrize("parameters", [{"pool": "nvme"}, {"type": "gold"}, {"regionId": "r"}])
+def test_capacity_for_what_another_node_may_have_is_nothing(
+    tmp_path: Path, parameters: dict[str, str]
+) -> None:
+    config = configure(MEMORY, tmp_path / "p")
+    with open_rig(config, elsewhere=frozenset({"nvme", "gold"})) as rig:
+        assert rig.controller.capacity((), parameters, None) == NOTHING
 
 
-@pytest.mark.parametrize("parameters", [{"colour": "red"}, {"mode": "x"}])
+@pytest.mark.parametrize("parameters", [{"pool": "none"}, {"type": "none"}, {"colour": "red"}, {"mode": "x"}])
 def test_a_wrong_parameter_is_told_by_create_volume_not_by_a_want_of_room(
     rig: Rig, parameters: dict[str, str]
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from csi_driver.model import MIB, VolumeId, name_hash
 from csi_driver.pools import Pools
 from tests.rig import Kind, Rig, configure, open_rig, volume
@@ -56,6 +56,15 @@ def test_unknown_pool_and_label_name_the_known(rig: Rig) -> None:
         names(rig.pools, pool="none")
     with pytest.raises(InvalidArgument, match=r"parameters.type 'none'.*any, hdd, ssd"):
         names(rig.pools, type="none")
+
+
+def test_what_other_nodes_have_sends_the_claim_there(rig: Rig) -> None:
+    pools = Pools({pool.name: pool for pool in rig.pools}, elsewhere=frozenset({"nvme", "gold", "small"}))
+
+    for parameters in ({"pool": "nvme"}, {"type": "gold"}):
+        with pytest.raises(ResourceExhausted, match="other nodes have it"):
+            pools.candidates(parameters)
+    assert names(pools, pool="small") == ["small"]
 
 
 def test_default_pool_is_taken_whatever_its_room(tmp_path: Path) -> None:
