@@ -30,7 +30,9 @@ from csi_driver.groups import Groups
 from csi_driver.health import Health
 from csi_driver.jobs import Jobs
 from csi_driver.linux import memory
+from csi_driver.linux.exports import Exports
 from csi_driver.linux.freeze import Freezer
+from csi_driver.linux.remote import Servers
 from csi_driver.locks import Locks
 from csi_driver.maintenance import Maintenance
 from csi_driver.metadata import ChangedBlocks
@@ -50,6 +52,8 @@ from csi_driver.snapshots import Snapshots
 log = logging.getLogger(__name__)
 
 NODE_ID_VARIABLES = ("NODE_ID", "KUBE_NODE_NAME", "NODE_NAME")
+EXPORTS_DIR = Path("/run/orlop/exports")
+"""Where a driver of scope "shared" has the exports that its node's pods use."""
 DEFAULT_KUBELET_DIR = Path("/var/lib/kubelet")
 MOUNT_MAX = Path("/proc/sys/fs/mount-max")
 
@@ -84,6 +88,7 @@ class Options:
     endpoint: str
     node_id: str
     driver_name: str
+    role: configuration.Role
     kubelet_dir: Path | None
     kubelet_endpoint: str
     http: str
@@ -99,7 +104,7 @@ def build(config: Config) -> Driver:
     """
     with ExitStack() as undo:
         opened = {}
-        for name, pool_config in config.pools.items():
+        for name, pool_config in config.pools.items() if config.role != "node" else ():
             opened[name] = _open_pool(pool_config, undo)
         pools = Pools(opened, config.default_pool, config.retired_tags, config.elsewhere)
         features = _features(config, pools)
@@ -112,7 +117,7 @@ def build(config: Config) -> Driver:
         controller = Controller(
             pools, locks, health, copier, info.segments, expands=features.grows_in_controller
         )
-        node = Node(pools, locks, health, info)
+        node = Node(pools, locks, health, info, _exports(config, undo))
         services = csi_pb2.DESCRIPTOR.services_by_name
         handlers = Interceptor(
             [
@@ -205,7 +210,7 @@ def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
     backend = backends.create(config)
     # First, lest a pool that cannot work here leaves its mark in the directory.
     backend.check()
-    catalog = Catalog.open(config.root, config.backend)
+    catalog = Catalog.open(config.root, config.backend, exclusive=backend.features.export is None)
     undo.callback(catalog.close)
     pool = Pool(config, catalog, backend)
     pool.adopt()
@@ -217,11 +222,20 @@ def _features(config: Config, pools: Pools) -> DriverFeatures:
     grows = any(one.grows for one in features)
     return DriverFeatures(
         stages=any(one.stages for one in features),
-        grows_in_controller=grows and config.expansion == "controller",
+        grows_in_controller=grows and (config.expansion == "controller" or config.scope == "shared"),
         has_blocks=any(one.payload == PAYLOAD_IMAGE for one in features),
         # Also after the controller has grown the payload: the filesystem in it is grown where it is mounted.
-        grows_on_node=grows,
+        grows_on_node=grows and config.scope == "node",
+        shared=config.scope == "shared",
     )
+
+
+def _exports(config: Config, undo: ExitStack) -> Exports | None:
+    if config.scope == "node":
+        return None
+    servers = Servers()
+    undo.callback(servers.close)
+    return Exports(EXPORTS_DIR / config.driver_name, servers)
 
 
 def _metadata(features: DriverFeatures, pools: Pools, locks: Locks) -> object:
@@ -236,6 +250,8 @@ def _node_info(config: Config, features: DriverFeatures) -> NodeInfo:
         "topology.kubernetes.io/region": config.region,
         "topology.kubernetes.io/zone": config.zone,
     }
+    if config.scope == "shared":
+        segments = {}
     for key, value in segments.items():
         if value and not _LABEL.fullmatch(value):
             raise ConfigurationError(
@@ -268,6 +284,7 @@ def _overridden(config: Config, options: Options, environment: Mapping[str, str]
         config,
         node_id=options.node_id or from_environment or config.node_id,
         driver_name=options.driver_name or config.driver_name,
+        role=options.role,
     )
 
 
@@ -340,6 +357,10 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--node-id", metavar="NAME", default="", help="this node's name in Kubernetes")
     add("--driver-name", metavar="NAME", default="", help="the driver's name, instead of the configuration's")
+    add(
+        "--role", choices=("all", "node"), default="all",
+        help="node: mount what pods use and leave the pools alone, for scope = \"shared\" (%(default)s)",
+    )  # fmt: skip
     add(
         "--kubelet-dir", metavar="DIR", type=Path,
         help=f"register with the kubelet of this directory (usually {DEFAULT_KUBELET_DIR}); without it, a registrar must",

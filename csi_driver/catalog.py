@@ -81,8 +81,8 @@ class Catalog:
         self._areas = {area: files.ensure_directory(root_fd, area, mode=0o700) for area in AREAS}
 
     @classmethod
-    def open(cls, root: Path, backend: str) -> "Catalog":
-        """Open the pool at `root`, made if there is none.
+    def open(cls, root: Path, backend: str, *, exclusive: bool = True) -> "Catalog":
+        """Open the pool at `root`, made if there is none; `exclusive`: by this process alone.
 
         Raises:
             ConfigurationError: it cannot be used: another process has it, it is another backend's, it was written
@@ -95,7 +95,7 @@ class Catalog:
             raise ConfigurationError(
                 f"pool root {root}: cannot be opened or made: {error.strerror}"
             ) from error
-        lock_fd = files.lock(root_fd, LOCK_FILE)
+        lock_fd = files.lock(root_fd, LOCK_FILE) if exclusive else os.dup(root_fd)
         if lock_fd is None:
             os.close(root_fd)
             raise ConfigurationError(

@@ -21,6 +21,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 V = TypeVar("V")
 
 DRIVER_NAME = "local.orlop.dev"
+SHARED_DRIVER_NAME = "shared.orlop.dev"
+SHARED_BACKENDS = ("nfs",)
 DEFAULT_PATH = Path("/etc/orlop/config.toml")
 _DRIVER_NAME = re.compile(r"(?=.{1,63}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.IGNORECASE)
 _TAG = re.compile(r"[0-9a-f]{8}")
@@ -60,6 +62,10 @@ class PoolConfig:
 
 
 Expansion = Literal["node", "controller"]
+Role = Literal["all", "node"]
+"""What a process does: everything, or only what a node needs whose volumes are on servers."""
+Scope = Literal["node", "shared"]
+"""Where a driver's volumes are: each on one node, or on servers that every node reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,8 @@ class Config:
 
     pools: Mapping[str, PoolConfig]
     driver_name: str = DRIVER_NAME
+    scope: Scope = "node"
+    role: Role = "all"
     node_id: str = ""
     region: str = ""
     zone: str = ""
@@ -95,7 +103,8 @@ class _Pool(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
-    driver_name: str = DRIVER_NAME
+    driver_name: str = ""
+    scope: Scope = "node"
     node_id: str = ""
     region: str = ""
     zone: str = ""
@@ -131,7 +140,7 @@ def parse(text: str, name: str = "configuration") -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{name}: not valid TOML: {error}") from error
     file = _convert(raw, _File, name)
-    if not file.pools:
+    if not file.pools and file.scope == "node":
         raise ConfigurationError(
             f"{name}: no pool is configured: add a table [pools.NAME] with at least a root"
         )
@@ -139,7 +148,8 @@ def parse(text: str, name: str = "configuration") -> Config:
     _check_file(file, pools, name)
     return Config(
         pools=pools,
-        driver_name=file.driver_name,
+        driver_name=file.driver_name or (SHARED_DRIVER_NAME if file.scope == "shared" else DRIVER_NAME),
+        scope=file.scope,
         node_id=file.node_id,
         region=file.region,
         zone=file.zone,
@@ -229,7 +239,13 @@ def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
 
 
 def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None:
-    if not _DRIVER_NAME.fullmatch(file.driver_name):
+    for pool in pools.values():
+        if (pool.backend in SHARED_BACKENDS) != (file.scope == "shared"):
+            raise ConfigurationError(
+                f"{pool.where} backend {pool.backend!r}: not in a driver of scope {file.scope!r}: file servers have a "
+                'driver of their own, with scope = "shared"'
+            )
+    if file.driver_name and not _DRIVER_NAME.fullmatch(file.driver_name):
         raise ConfigurationError(
             f"{name}: driver_name {file.driver_name!r}: at most 63 letters, digits, '-' and '.', like {DRIVER_NAME}"
         )

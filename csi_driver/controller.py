@@ -5,9 +5,12 @@ Requests arrive checked (`rpc.convert`); mounts are `node`'s business, homes and
 """
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
+from csi_driver import static
+from csi_driver.backends.base import PAYLOAD_DIRECTORY
 from csi_driver.catalog import Home
 from csi_driver.copies import Copier, check_ended
 from csi_driver.errors import (
@@ -28,6 +31,7 @@ from csi_driver.model import (
     Capacity,
     CapacityRange,
     HealthEntry,
+    Record,
     Segments,
     TopologyRequirement,
     Volume,
@@ -39,6 +43,7 @@ from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.provision import Copying, access_type_of, grown_size, parse_parameters, provision, unsupported
 from csi_driver.staging import mount_flags
+from csi_driver.subpath import expand_sub_path
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +123,8 @@ class Controller:
         """
         pool, home = self._pools.get(volume_id)
         record = pool.catalog.read(home)
-        if context:
-            return f"volume_context {dict(context)}: this volume has none"
+        if context and dict(context) != (own := _context(pool, home, record)):
+            return f"volume_context {dict(context)}: this volume's is {own or 'empty'}"
         if parameters and dict(parameters) != record.parameters:
             return f"parameters {dict(parameters)}: the volume was made with {record.parameters}"
         for capability in capabilities:
@@ -249,6 +254,7 @@ class Controller:
             size_bytes=pool.size_bytes(home),
             record=record,
             segments=self._segments,
+            context=_context(pool, home, record),
             in_use=in_use,
         )
 
@@ -286,6 +292,8 @@ class Controller:
             return pool.capacity()
 
     def _check_topology(self, topology: TopologyRequirement) -> None:
+        if not self._segments:
+            return  # every node reaches these volumes
         places = topology.requisite or topology.preferred
         if places and not any(self._matches(segments) for segments in places):
             raise ResourceExhausted(
@@ -304,3 +312,13 @@ class Controller:
                 raise ResourceExhausted(
                     f"parameters.{parameter} {wanted!r}: this node's {label} is {have or 'not configured'!r}"
                 )
+
+
+def _context(pool: Pool, home: Home, record: Record) -> dict[str, str]:
+    """What a node needs to know of a volume that it cannot look up in a pool of its own."""
+    export = pool.backend.features.export
+    if export is None:
+        return {}
+    sub_path = expand_sub_path(pool.parameters(record).sub_path, record, None)
+    directory = home.path.relative_to(pool.catalog.root) / PAYLOAD_DIRECTORY
+    return static.context_of(export, os.fspath(directory), sub_path)

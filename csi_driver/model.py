@@ -393,3 +393,5 @@ class DriverFeatures:
     grows_on_node: bool
     has_blocks: bool = False
     """Some pool's snapshots are images, whose changed blocks can be told."""
+    shared: bool = False
+    """Every node reaches every volume: there is no topology."""

@@ -14,6 +14,7 @@ from csi_driver import inline, staging, static
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
 from csi_driver.health import Health
 from csi_driver.linux import mount
+from csi_driver.linux.exports import Exports
 from csi_driver.locks import Locks
 from csi_driver.model import (
     AccessMode,
@@ -36,11 +37,15 @@ from csi_driver.targets import ensure_bound, ensure_unbound
 class Node:
     """CSI Node service of the node that `info` describes."""
 
-    def __init__(self, pools: Pools, locks: Locks, health: Health, info: NodeInfo) -> None:
+    def __init__(
+        self, pools: Pools, locks: Locks, health: Health, info: NodeInfo, exports: Exports | None = None
+    ) -> None:
         self._pools = pools
         self._locks = locks
         self._health = health
         self._info = info
+        self._exports = exports
+        """None: this driver serves volumes of this node only, and mounts no file servers."""
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume usable on this node; a filesystem on a device is mounted at the staging path.
@@ -95,7 +100,11 @@ class Node:
         CSI: NodeUnpublishVolume.
         """
         with self._hold(volume_id, "target_path", target_path):
+            if self._exports is not None:
+                self._exports.unmount(Path(target_path))
             ensure_unbound(Path(target_path))
+            if self._exports is not None:
+                self._exports.release_unused()
             found = inline.find(self._pools, volume_id)
             if found is not None:
                 inline.delete(*found)
@@ -111,7 +120,8 @@ class Node:
         path = Path(volume_path)
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)
         if found is None:
-            return static.stats(self._pools, volume_id, path)
+            remote = static.export_stats(self._exports, path) if self._exports is not None else None
+            return remote or static.stats(self._pools, volume_id, path)
         pool, home = found
         record = pool.catalog.read(home)
         if record.access_type is AccessType.BLOCK:
@@ -193,10 +203,26 @@ class Node:
     def _publish_static(self, request: PublishRequest) -> None:
         if request.capability.access_type is AccessType.BLOCK:
             raise InvalidArgument("volume_capability: a static volume is a directory, it has no block access")
+        if static.is_export(request.context):
+            self._publish_export(request)
+            return
         attributes, _ = staging.mount_flags(request.capability, superblock=False)
         if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
             _check_single(request, static.shown_at(self._pools, request))
         with static.opened(self._pools, request) as fd:
+            ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
+
+    def _publish_export(self, request: PublishRequest) -> None:
+        if self._exports is None:
+            raise InvalidArgument(
+                f'volume_context.{static.SERVER}: this driver serves the node\'s own storage: set scope = "shared" '
+                "in the configuration of one that mounts file servers"
+            )
+        attributes, options = staging.mount_flags(request.capability, superblock=True)
+        self._exports.clear_stale(Path(request.target_path))
+        with static.export_opened(self._exports, request, options) as fd:
+            if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+                _check_single(request, self._exports.shown_at(fd))
             ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
 
     def _publish_inline(self, request: PublishRequest) -> None:

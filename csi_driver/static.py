@@ -2,28 +2,101 @@
 """Static volumes: directories that an administrator made and wrote a PersistentVolume for.
 
 Their `volumeHandle` is free; `volumeAttributes` name a pool and a path beneath one of the roots that the pool's
-configuration allows (`static_roots`). The driver only binds them: it never makes, formats or deletes one.
+configuration allows (`static_roots`), or a server and a path that it exports. The driver only binds them: it never makes,
+formats or deletes one.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver.errors import InvalidArgument, NotFound, invalid, unknown_keys
 from csi_driver.linux import files, mount
+from csi_driver.linux.exports import Exports, Source, find_source
 from csi_driver.model import PublishRequest, Stats
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
 
 POOL, PATH = "pool", "path"
+SERVER, SHARE, DIRECTORY, MOUNT_OPTIONS = "server", "share", "directory", "mountOptions"
+"""A server's export, by PATH or SHARE; DIRECTORY is one beneath it."""
+_EXPORT_KEYS = (SERVER, PATH, SHARE, DIRECTORY, MOUNT_OPTIONS, PARAMETER)
+_SERVER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:.]+\]|[0-9a-fA-F:]+")
 _METADATA_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 
 
 def is_static(context: Mapping[str, str]) -> bool:
     """Whether a volume_context describes a static volume."""
-    return PATH in context
+    return PATH in context or is_export(context)
+
+
+def is_export(context: Mapping[str, str]) -> bool:
+    """Whether it lies on a file server that the node is to mount."""
+    return SERVER in context
+
+
+@contextmanager
+def export_opened(exports: Exports, request: PublishRequest, options: Sequence[str]) -> Iterator[int]:
+    """An fd of the directory on a server that the request's attributes name; `options` are the filesystem's own.
+
+    Raises:
+        InvalidArgument: the attributes or options are wrong.
+        NotFound: there is no such directory.
+        Unavailable: the server does not answer.
+    """
+    context = {key: value for key, value in request.context.items() if not key.startswith(_METADATA_PREFIXES)}
+    unknown = context.keys() - set(_EXPORT_KEYS)
+    if unknown:
+        raise InvalidArgument(unknown_keys("volume_context", unknown, _EXPORT_KEYS))
+    source = Source(
+        f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options)
+    )
+    sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
+    path = "/".join(part for part in (context.get(DIRECTORY, ""), sub_path) if part)
+    make = {"mode": 0o755, "uid": 0, "gid": 0} if sub_path else None
+    try:
+        with exports.opened(source, path, make) as fd:
+            yield fd
+    except FileNotFoundError as error:
+        raise NotFound(
+            f"volume_context: no directory {path or '.'!r} at {source.source!r}: {error}"
+        ) from error
+
+
+def context_of(source: Source, directory: str, sub_path: str) -> dict[str, str]:
+    """The volume_context by which every node finds a directory of an export."""
+    server, _, path = source.source.partition(":/")
+    context = {
+        SERVER: server,
+        PATH: f"/{path}",
+        DIRECTORY: directory,
+        MOUNT_OPTIONS: ",".join(source.options),
+        PARAMETER: sub_path,
+    }
+    return {key: value for key, value in context.items() if value}
+
+
+def _options(context: Mapping[str, str]) -> list[str]:
+    return [option for option in context.get(MOUNT_OPTIONS, "").split(",") if option]
+
+
+def _server(name: str) -> str:
+    if not _SERVER.fullmatch(name):
+        raise invalid(f"volume_context.{SERVER}", name, "give a server's name or address")
+    # An IPv6 address would be cut at its first colon.
+    return f"[{name}]" if ":" in name and not name.startswith("[") else name
+
+
+def _exported(context: Mapping[str, str]) -> str:
+    path = context.get(PATH) or context.get(SHARE, "")
+    if context.get(PATH, path) != context.get(SHARE, path):
+        raise InvalidArgument(f"volume_context: {PATH} and {SHARE} are the same thing: give one of them")
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise invalid(f"volume_context.{PATH}", path, "give the absolute path of an export, without '..'")
+    return path
 
 
 @contextmanager
@@ -61,6 +134,16 @@ def shown_at(pools: Pools, request: PublishRequest) -> list[mount.Mount]:
     own = Path(os.path.realpath(path))
     with _opened_whole(pools, request.context.get(POOL, ""), path) as directory_fd:
         return [one for one in mount.mounts_of(directory_fd) if not own.is_relative_to(one.target)]
+
+
+def export_stats(exports: Exports, path: Path) -> Stats | None:
+    """Usage of the export that is published at `path`: that of the server's filesystem. None: none is.
+
+    Raises:
+        Unavailable: the server does not answer.
+    """
+    source = find_source(path)
+    return None if source is None else Stats(**exports.usage(source, path))
 
 
 def stats(pools: Pools, volume_id: str, path: Path) -> Stats:

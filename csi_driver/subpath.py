@@ -52,8 +52,9 @@ def in_the_way(sub_path: str) -> Iterator[None]:
         ) from error
 
 
-def expand_sub_path(template: str, record: Record | None, context: Mapping[str, str]) -> str:
-    """The path that the template means for this volume and pod; "" for none.
+def expand_sub_path(template: str, record: Record | None, context: Mapping[str, str] | None) -> str:
+    """The path that the template means for this volume and pod; "" for none. Without a context (there is no pod yet)
+    the pod's variables stay in it.
 
     Raises:
         InvalidArgument: a variable has no value here (the provisioner needs --extra-create-metadata for the claim's).
@@ -63,11 +64,13 @@ def expand_sub_path(template: str, record: Record | None, context: Mapping[str, 
         "pvc.metadata.namespace": record.pvc_namespace if record else "",
         "pvc.metadata.name": record.pvc_name if record else "",
         "pv.metadata.name": record.pv_name if record else "",
-        "pod.namespace": context.get("csi.storage.k8s.io/pod.namespace", ""),
-        "pod.name": context.get("csi.storage.k8s.io/pod.name", ""),
+        "pod.namespace": (context or {}).get("csi.storage.k8s.io/pod.namespace", ""),
+        "pod.name": (context or {}).get("csi.storage.k8s.io/pod.name", ""),
     }
 
     def value(match: re.Match[str]) -> str:
+        if context is None and match[1].startswith("pod."):
+            return match[0]
         found = values[match[1]]
         # Kubernetes names are safe as file names; anything else came from elsewhere and could climb.
         if not _NAME.fullmatch(found):

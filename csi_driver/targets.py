@@ -13,6 +13,7 @@ from pathlib import Path
 from csi_driver.errors import AlreadyExists, FailedPrecondition
 from csi_driver.linux import mount
 from csi_driver.linux.mount import Attributes, Mounted
+from csi_driver.linux.syscall import Statx
 
 
 def ensure_bound(source_fd: int, target: Path, attributes: Attributes) -> None:
@@ -22,13 +23,13 @@ def ensure_bound(source_fd: int, target: Path, attributes: Attributes) -> None:
         AlreadyExists: something else is mounted there, or the same with other attributes.
         FailedPrecondition: the target cannot be made (its parent is the caller's to make).
     """
-    source = os.fstat(source_fd)
+    source = mount.seen(source_fd)
     mounted = mount.find_mounted(target)
     if mounted is not None:
         _check_same(mounted, source, target)
         _check_attributes(mounted.attributes, mount.attributes_of(source_fd), attributes, target)
         return
-    made = _make(target, directory=stat.S_ISDIR(source.st_mode))
+    made = _make(target, directory=stat.S_ISDIR(source.stx_mode))
     try:
         mount.bind(source_fd, target, attributes)
     except BaseException:
@@ -47,11 +48,11 @@ def ensure_unbound(target: Path) -> None:
     _remove(target)
 
 
-def _check_same(mounted: Mounted, source: os.stat_result, target: Path) -> None:
-    if stat.S_ISDIR(source.st_mode):
-        same = (mounted.device, mounted.inode) == (source.st_dev, source.st_ino)
+def _check_same(mounted: Mounted, source: Statx, target: Path) -> None:
+    if stat.S_ISDIR(source.stx_mode):
+        same = (mounted.device, mounted.inode) == (source.device, source.stx_ino)
     else:
-        same = mounted.rdev == source.st_rdev
+        same = mounted.rdev == os.makedev(source.stx_rdev_major, source.stx_rdev_minor)
     if not same:
         raise AlreadyExists(
             f"target_path {os.fspath(target)!r}: another volume, or another part of it, is there"

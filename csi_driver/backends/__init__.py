@@ -19,6 +19,7 @@ BACKENDS = {
     "directory": "DirectoryBackend",
     "image": "ImageBackend",
     "memory": "MemoryBackend",
+    "nfs": "NfsBackend",
 }
 """Name, which is also the module's, to class."""
 

@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Sequence
 from ctypes import c_char, c_uint32, c_uint64
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -177,8 +177,8 @@ def _attributes(bits: int) -> Attributes:
 def _look_again(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, int]:
     fd = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        now = os.fstat(fd)
-        if (now.st_dev, now.st_ino) != (found.device, found.stx_ino):
+        now = seen(fd)
+        if (now.device, now.stx_ino) != (found.device, found.stx_ino):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(target))
         return _from_statvfs(fd)
     finally:
@@ -187,7 +187,12 @@ def _look_again(target: Path, found: syscall.Statx) -> tuple[Attributes, bool, i
 
 def _from_statvfs(fd: int) -> tuple[Attributes, bool, int]:
     flags = syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC
-    mount_id = syscall.statx(fd, "", flags, syscall.STATX_MNT_ID).stx_mnt_id
+    look = syscall.statx(fd, "", flags, syscall.STATX_BASIC_STATS | syscall.STATX_MNT_ID)
+    mount_id = look.stx_mnt_id
+    own = None if os.major(look.device) else mountinfo.find(mount_id)
+    if own is not None:
+        # No disk of its own: a file server may be behind it, and statvfs would ask that, for ever if it is dead.
+        return _from_mountinfo(own)
     bits = os.fstatvfs(fd).f_flag
     present = {name: bool(bits & columns[2]) for name, columns in FLAGS.items()}
     present["strictatime"] = not (present["noatime"] or present["relatime"])
@@ -197,6 +202,25 @@ def _from_statvfs(fd: int) -> tuple[Attributes, bool, int]:
         own = mountinfo.find(mount_id)
         present["readonly"] = own is None or "ro" in own.options
     return Attributes(**present), readonly, mount_id
+
+
+def _from_mountinfo(own: Mount) -> tuple[Attributes, bool, int]:
+    attributes, _ = parse_flags(own.options)
+    if not (attributes.noatime or attributes.relatime):
+        attributes = replace(attributes, strictatime=True)
+    return attributes, attributes.readonly or "ro" in own.super_options, own.mount_id
+
+
+def mount_id_of(fd: int) -> int:
+    """The id, as in mountinfo, of the mount that `fd` was opened through. Asks no file server."""
+    flags = syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC
+    return int(syscall.statx(fd, "", flags, syscall.STATX_MNT_ID).stx_mnt_id)
+
+
+def seen(fd: int) -> syscall.Statx:
+    """stat(2) of an open file, as far as this machine knows it: no file server is asked."""
+    flags = syscall.AT_EMPTY_PATH | syscall.AT_STATX_DONT_SYNC
+    return syscall.statx(fd, "", flags, syscall.STATX_BASIC_STATS)
 
 
 def bind(source_fd: int, target: Path, attributes: Attributes) -> None:

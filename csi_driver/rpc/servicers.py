@@ -55,12 +55,12 @@ class Identity(IdentityServicer):
     def GetPluginCapabilities(
         self, request: pb.GetPluginCapabilitiesRequest, context: grpc.ServicerContext
     ) -> pb.GetPluginCapabilitiesResponse:
-        services = [
-            _Plugin.CONTROLLER_SERVICE,
-            _Plugin.VOLUME_ACCESSIBILITY_CONSTRAINTS,
-            _Plugin.GROUP_CONTROLLER_SERVICE,
-            _Plugin.SNAPSHOT_ACCESSIBILITY_CONSTRAINTS,
-        ]
+        services = [_Plugin.CONTROLLER_SERVICE]
+        if not self._features.shared:
+            services.append(_Plugin.VOLUME_ACCESSIBILITY_CONSTRAINTS)
+        services.append(_Plugin.GROUP_CONTROLLER_SERVICE)
+        if not self._features.shared:
+            services.append(_Plugin.SNAPSHOT_ACCESSIBILITY_CONSTRAINTS)
         if self._features.has_blocks:
             services.append(_Plugin.SNAPSHOT_METADATA_SERVICE)
         capabilities = [

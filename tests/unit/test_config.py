@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver import backends, config
-from csi_driver.config import Reserved, parse, parse_duration, parse_reserved, parse_size, read_options
+from csi_driver.config import (
+    SHARED_BACKENDS,
+    Reserved,
+    parse,
+    parse_duration,
+    parse_reserved,
+    parse_size,
+    read_options,
+)
 from csi_driver.errors import ConfigurationError
 from csi_driver.model import GIB, KIB, MIB
 
@@ -148,7 +156,8 @@ def test_unknown_backend_names_the_known() -> None:
 
 @pytest.mark.parametrize("name", sorted(backends.BACKENDS))
 def test_every_backend_refuses_options_of_others(name: str) -> None:
-    pool = parse(POOL + f"backend = '{name}'\nspindles = 5\n").pools["fast"]
+    scope = "shared" if name in SHARED_BACKENDS else "node"
+    pool = parse(f"scope = '{scope}'\n{POOL}backend = '{name}'\nspindles = 5\n").pools["fast"]
 
     with pytest.raises(ConfigurationError, match="unknown key 'spindles'"):
         backends.create(pool)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports of file servers on this node: each is mounted once, and everything that is published from it is bound from there.
+
+Whatever may ask the server is done by `remote`; whether an export is mounted is asked of the kernel, which does not.
+Which exports may be used, and where they are shown, is the caller's business.
+"""
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from csi_driver.errors import Unavailable
+from csi_driver.linux import mount, mountinfo
+from csi_driver.linux.remote import Answer, Server, Servers
+
+# A mount that has these is of no use to anyone any more, and a new one of the same export is.
+_GONE: Final = (errno.ESTALE, errno.ENOTCONN)
+_UNMOUNT_S: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is mounted: `server:/path`, a type that has a mount.TYPE program, and options."""
+
+    source: str
+    fs_type: str = "nfs"
+    options: tuple[str, ...] = ()
+
+    @property
+    def server(self) -> str:
+        """The server's name: all before the path."""
+        return self.source.partition(":/")[0].strip("[]")
+
+    @property
+    def key(self) -> str:
+        """The name of its directory: the same for the same mount."""
+        text = "\0".join((self.fs_type, self.source, *self.options))
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class Exports:
+    """The exports mounted beneath `directory`, each in one of its own."""
+
+    def __init__(self, directory: Path, servers: Servers, timeout_s: float = 20.0) -> None:
+        self.directory = directory
+        self._servers = servers
+        self._timeout_s = timeout_s
+        # One mounts, the others wait: two mounts on one directory would hide one another.
+        self._guards: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+        self._users: dict[str, int] = {}
+
+    @contextmanager
+    def opened(self, source: Source, path: str, make: dict[str, int] | None = None) -> Iterator[int]:
+        """A descriptor of the directory `path` on the export, made if `make` (mode, uid, gid) is given.
+
+        A mount that has gone stale is replaced by a new one.
+
+        Raises:
+            Unavailable: the server does not answer.
+            OSError: ENOENT no such directory, ELOOP or EXDEV a way out of the export, what mounting says.
+        """
+        with self._in_use(source):
+            answer = self._open(source, path, make)
+            try:
+                yield answer.fd
+            finally:
+                os.close(answer.fd)
+
+    def shown_at(self, fd: int) -> list[mount.Mount]:
+        """Where the directory that `opened` gave, or something below it, is published."""
+        known = mount.mounts()
+        mount_id = mount.mount_id_of(fd)
+        base = next((entry for entry in known if entry.mount_id == mount_id), None)
+        if base is None:
+            return []
+        below = Path(os.readlink(f"/proc/self/fd/{fd}")).relative_to(base.target)
+        # NFS tells what a mount shows by its source; its root is always "/".
+        shown = os.path.normpath(os.path.join(base.source, below))
+        return [
+            entry
+            for entry in known
+            if entry.device == base.device
+            and os.path.join(entry.source, "").startswith(os.path.join(shown, ""))
+            and Path(entry.target).parent != self.directory
+        ]
+
+    def usage(self, source: str, path: Path) -> dict[str, int]:
+        """How full the filesystem of `source` is that is mounted at `path`.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        server = self._servers.named(Source(source).server)
+        return dict(server.call("usage", self._timeout_s, path=os.fspath(path)).values)
+
+    def unmount(self, target: Path, *, lazy: bool = False) -> None:
+        """Unmount what is at `target`, whether its server answers or not. Not an export, or nothing, is fine.
+
+        Raises:
+            OSError: EBUSY something uses it.
+            Unavailable: it is still mounted (calls that hang were in the way).
+        """
+        source = find_source(target)
+        if source is None:
+            mount.unmount(target, lazy=lazy)
+            return
+        server = self._servers.named(Source(source).server)
+        try:
+            server.call("unmount", _UNMOUNT_S, always=True, target=os.fspath(target), lazy=lazy)
+        except OSError as error:
+            if error.errno != errno.EBUSY or lazy or self._answers(server, target):
+                raise
+            # A process that waits for a dead server cannot end, and so holds the mount. What it has not written yet is
+            # written when the server is back, also from a mount that nobody sees any more.
+            self.unmount(target, lazy=True)
+        except Unavailable:
+            # Whoever takes away a filesystem's last mount waits for its server, but the mount is gone before that.
+            if find_source(target) is not None:
+                raise
+
+    def clear_stale(self, target: Path) -> None:
+        """Unmount the export that is at `target` if its server knows it no more. Nothing there is fine.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        source = find_source(target)
+        if source is None:
+            return
+        server = self._servers.named(Source(source).server)
+        try:
+            # Only the server can tell: what is cached here looks as it always did.
+            os.close(server.call("open", self._timeout_s, root=os.fspath(target), path="").fd)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            self.unmount(target, lazy=True)
+
+    def release_unused(self) -> None:
+        """Unmount every export that nothing is published from any more."""
+        known = mount.mounts()
+        for entry in known:
+            target = Path(entry.target)
+            if target.parent != self.directory:
+                continue
+            with self._lock(target.name):
+                shown = any(one.device == entry.device and one.target != entry.target for one in known)
+                if not shown and not self._users.get(target.name):
+                    self.unmount(target, lazy=True)
+                    target.rmdir()
+
+    def _answers(self, server: Server, target: Path) -> bool:
+        try:
+            server.call("usage", _UNMOUNT_S, path=os.fspath(target))
+        except (Unavailable, OSError):
+            return False
+        return True
+
+    def _open(self, source: Source, path: str, make: dict[str, int] | None) -> Answer:
+        server = self._servers.named(source.server)
+        root = self._ensure_mounted(server, source)
+        try:
+            return self._ask(server, root, path, make)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        with self._lock(source.key):
+            self.unmount(root, lazy=True)
+        root = self._ensure_mounted(server, source)
+        return self._ask(server, root, path, make)
+
+    def _ask(self, server: Server, root: Path, path: str, make: dict[str, int] | None) -> Answer:
+        if make is None:
+            return server.call("open", self._timeout_s, root=os.fspath(root), path=path)
+        return server.call("ensure", self._timeout_s, root=os.fspath(root), path=path, owner=make)
+
+    def _ensure_mounted(self, server: Server, source: Source) -> Path:
+        target = self.directory / source.key
+        with self._lock(source.key):
+            if not _is_mounted(target):
+                mount_at(server, source, target, self._timeout_s)
+        return target
+
+    @contextmanager
+    def _in_use(self, source: Source) -> Iterator[None]:
+        with self._guard:
+            self._users[source.key] = self._users.get(source.key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._users[source.key] -= 1
+
+    def _lock(self, key: str) -> threading.Lock:
+        with self._guard:
+            return self._guards.setdefault(key, threading.Lock())
+
+
+def mount_at(server: Server, source: Source, target: Path, timeout_s: float) -> None:
+    """Mount the export; `target` is made if it is missing.
+
+    Raises:
+        Unavailable: the server does not answer.
+        OSError: the program said so.
+    """
+    server.call(
+        "mount",
+        timeout_s,
+        source=source.source,
+        fs_type=source.fs_type,
+        target=os.fspath(target),
+        options=",".join(source.options) or "defaults",
+    )
+
+
+def _is_mounted(target: Path) -> bool:
+    try:
+        return mount.find_mounted(target) is not None
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return True
+
+
+def find_source(path: Path) -> str | None:
+    """The source of the export that is mounted at `path`, without asking its server; None: no export is."""
+    target = os.fspath(path)
+    for entry in reversed(mountinfo.mounts()):
+        if entry.target == target:
+            return entry.source if ":/" in entry.source else None
+    return None
