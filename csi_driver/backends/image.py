@@ -31,7 +31,7 @@ from csi_driver.errors import (
     Unavailable,
     invalid,
 )
-from csi_driver.linux import copy, fiemap, files, filesystem, loop, mount, run
+from csi_driver.linux import copy, fiemap, files, filesystem, holes, loop, mount, run
 from csi_driver.linux.copy import Transfer
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import (
@@ -163,7 +163,7 @@ class ImageBackend:
                 if not spec.snapshot and not spec.parameters.thin:
                     # Before the data, so that it lies in one piece.
                     _extend(fd, 0, spec.size_bytes, thin=False, name=home.id)
-                transfer.total_bytes = copy.data_bytes(original)
+                transfer.total_bytes = holes.data_bytes(original)
                 copy.copy_sparse(original, fd, transfer)
             finally:
                 os.close(original)
@@ -242,7 +242,7 @@ class ImageBackend:
 
     def content_bytes(self, home: Home) -> int:
         with Directory(home.open(PAYLOAD_IMAGE)) as image:
-            return copy.data_bytes(image.fd)
+            return holes.data_bytes(image.fd)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
         return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes

@@ -8,10 +8,10 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
 from typing import Final
 
 from csi_driver.linux import syscall
+from csi_driver.linux.holes import data_ranges
 
 _CHUNK: Final = 8 << 20
 
@@ -69,29 +69,6 @@ class Transfer:
         if wait > 0 and self._stopping.wait(wait):
             self.check()
         self.done_bytes += size
-
-
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what is not a hole, in order; all of it where the filesystem does not tell."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if error.errno != errno.EINVAL:
-                raise syscall.failure("lseek SEEK_DATA", syscall.describe(fd), error.errno) from None
-            yield end, size
-            return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        if start < end:
-            yield start, end
-
-
-def data_bytes(fd: int) -> int:
-    """How much of the file is not holes."""
-    return sum(end - start for start, end in data_ranges(fd, os.fstat(fd).st_size))
 
 
 def copy_sparse(src_fd: int, dst_fd: int, transfer: Transfer) -> None:

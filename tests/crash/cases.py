@@ -221,12 +221,7 @@ class Picture:
         )
 
     def same(self, other: "Picture") -> bool:
-        # Where blocks cannot be shared, a snapshot takes what counts as data in its source: the cached pages of blocks
-        # that were never written do, so that two snapshots of one volume may differ by all of its size.
-        copies = [one.size_bytes for one in self.snapshots]
-        copies += [size for size, record in self.volumes.values() if record.source]
-        slack = TOLERANCE_BYTES + sum(copies)
-        near = abs(self.available_bytes - other.available_bytes) <= slack
+        near = abs(self.available_bytes - other.available_bytes) <= TOLERANCE_BYTES
         return near and replace(self, available_bytes=0) == replace(other, available_bytes=0)
 
 
