@@ -135,7 +135,7 @@ def test_the_image_of_a_frozen_filesystem(
         files.allocate(file.fileno(), 0, 64 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
     target.mkdir()
-    losetup = ["losetup", "--find", "--show", f"--direct-io={direct_io}", image]
+    losetup = ["losetup", "--find", "--show", f"--direct-io={direct_io}", os.fspath(image)]
     device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
     subprocess.run(["mount", device, target], check=True)
     within = os.open(target, os.O_RDONLY)
