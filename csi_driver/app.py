@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csi_driver import backends
+from csi_driver import backends, modify
 from csi_driver import config as configuration
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
@@ -107,6 +107,7 @@ def build(config: Config) -> Driver:
         for name, pool_config in config.pools.items() if config.role != "node" else ():
             opened[name] = _open_pool(pool_config, undo)
         pools = Pools(opened, config.default_pool, config.retired_tags, config.elsewhere)
+        modify.adopt(pools)
         features = _features(config, pools)
         info = _node_info(config, features)
         locks, health, calls = Locks(), Health(pools), Calls()

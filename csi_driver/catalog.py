@@ -191,6 +191,14 @@ class Catalog:
             return msgspec.convert(raw.get("shares", {}), dict[str, int])
         return {}
 
+    def mutable(self, home: Home) -> dict[str, str]:
+        """The mutable parameters of a volume, also in the trash; nothing if the home is no volume's."""
+        try:
+            raw = _raw(home, RECORD_FILE)
+        except NotFound:
+            return {}
+        return msgspec.convert(raw.get("mutable", {}), dict[str, str])
+
     # Making and removing
 
     def stage(self, volume_id: str) -> Home:

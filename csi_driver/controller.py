@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
-from csi_driver import static
+from csi_driver import modify, static
 from csi_driver.backends.base import PAYLOAD_DIRECTORY
 from csi_driver.catalog import Home
 from csi_driver.copies import Copier, check_ended
@@ -113,6 +113,7 @@ class Controller:
         capabilities: tuple[Capability, ...],
         parameters: Mapping[str, str],
         context: Mapping[str, str],
+        mutable_parameters: Mapping[str, str],
     ) -> str:
         """Why the volume cannot be used so; "" when it can.
 
@@ -127,6 +128,8 @@ class Controller:
             return f"volume_context {dict(context)}: this volume's is {own or 'empty'}"
         if parameters and dict(parameters) != record.parameters:
             return f"parameters {dict(parameters)}: the volume was made with {record.parameters}"
+        if mutable_parameters and dict(mutable_parameters) != record.mutable:
+            return f"mutable_parameters {dict(mutable_parameters)}: the volume has {record.mutable}"
         for capability in capabilities:
             if capability.access_type is not record.access_type:
                 return f"it is a {record.access_type} volume, not {capability.access_type}"
@@ -212,6 +215,21 @@ class Controller:
             return pool.grow(
                 home, record, size_bytes
             ), record.fs_type != "" and record.access_type is AccessType.MOUNT
+
+    def modify_volume(self, volume_id: str, mutable_parameters: Mapping[str, str]) -> None:
+        """Give a volume what its new VolumeAttributesClass says, at once, also while pods use it.
+
+        Raises:
+            NotFound: there is no such volume.
+            FailedPrecondition: it belongs to a pool that this node does not have.
+            InvalidArgument: the parameters are wrong, or the volume's pool cannot do what they say.
+
+        CSI: ControllerModifyVolume.
+        """
+        with self._locks.hold(lock_key(volume_id)):
+            if self._pools.find(volume_id) is None:
+                self._pools.check_elsewhere(volume_id)
+            modify.modify(*self._pools.get(volume_id), mutable_parameters)
 
     def volume_health(self, volume_id: str) -> list[HealthEntry]:
         """What is wrong with a volume; empty when nothing is known to be.

@@ -221,6 +221,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shares: dict[str, int] = {}
     """Volume id to how many bytes that it wrote this one may keep from being freed: what a copy shares."""
     ephemeral: bool = False
+    mutable: dict[str, str] = {}
+    """What its VolumeAttributesClass says: see `mutable`."""
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -267,6 +269,7 @@ class VolumeRequest:
     pv_name: str = ""
     ephemeral: bool = False
     source: Source | None = None
+    mutable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

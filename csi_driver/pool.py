@@ -18,6 +18,7 @@ from typing import Self
 
 import msgspec
 
+from csi_driver import mutable
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import AREAS, SNAPSHOTS, Catalog, Home
 from csi_driver.config import PoolConfig
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 # Counting is linear in the volumes; calls that are refused one after the other share one count.
 _COUNT_AGAIN_S = 1.0
 _CLOCK_SLACK_S = 60.0
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class Pool:
         self._counted_at = 0.0
         # Thousands of volumes come from a few classes.
         self._parsed = lru_cache(maxsize=64)(self._parse)
+        # By the names of homes in the trash: their records are read once.
+        self._retentions: dict[str, float] = {}
+        self._emptying = threading.Lock()
         self.on_trash: Callable[[], None] = lambda: None
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
@@ -304,15 +309,19 @@ class Pool:
     # Maintenance
 
     def empty_trash(self, now: float | None = None) -> float | None:
-        """Remove what was deleted longer than the retention ago; seconds until the next is due, None for none."""
-        now = time.time() if now is None else now
+        """Remove what was deleted longer than its retention ago; seconds until the next is due, None for none."""
+        with self._emptying:
+            return self._empty_trash(time.time() if now is None else now)
+
+    def _empty_trash(self, now: float) -> float | None:
         due: list[float] = []
         failures: list[OSError | Error] = []
         for found, when in list(self.catalog.trashed()):
-            home, wait = found, when + self.config.retention_s - now
+            retention_s = self._retention_s(found)
+            home, wait = found, when + retention_s - now
             if when > now + _CLOCK_SLACK_S:
                 # Deleted while the clock was ahead: kept from now on, not for so much longer.
-                home, wait = self._redate(found), self.config.retention_s
+                home, wait = self._redate(found), retention_s
             if wait > 0:
                 due.append(wait)
                 continue
@@ -320,12 +329,27 @@ class Pool:
                 with self.space.release(home.name):
                     self._discard(home)
                 self._settle_held(self._shares.drop(home.name))
+                self._retentions.pop(home.name, None)
             except (OSError, Error) as error:
                 # One that cannot go yet (something is mounted in it) must not keep the others.
                 failures.append(error)
         if failures:
             raise failures[0]
         return min(due, default=None)
+
+    def _retention_s(self, trashed: Home) -> float:
+        """How long it is kept: as its volume's class says, else as the pool does."""
+        known = self._retentions.get(trashed.name)
+        if known is not None:
+            return known
+        own: float | None = None
+        try:
+            own = mutable.parse(self.catalog.mutable(trashed)).retention_s
+        except (OSError, Error, msgspec.ValidationError) as error:
+            log.error("pool %s: %s: kept as the pool says: %s", self.name, trashed.path, error)
+        kept = self.config.retention_s if own is None else own
+        self._retentions[trashed.name] = kept
+        return kept
 
     def refresh(self) -> None:
         """Count again what volumes have taken of the filesystem."""
@@ -517,8 +541,22 @@ class Pool:
 
     def _count_if_short(self, needed: int) -> None:
         """What is refused must be refused for what is there now: volumes may have written since they were counted."""
+        if needed <= self.space.available():
+            return
+        self._empty_due_trash()
         if needed > self.space.available() and time.monotonic() - self._counted_at > _COUNT_AGAIN_S:
             self.refresh()
+
+    def _empty_due_trash(self) -> None:
+        """Give back at once what deleted volumes hold, where maintenance has not got to it yet."""
+        if not self._emptying.acquire(timeout=_PATIENCE_S):
+            return  # it is at work on something large
+        try:
+            self._empty_trash(time.time())
+        except (OSError, Error) as error:
+            log.error("pool %s: the trash cannot be emptied: %s", self.name, error)
+        finally:
+            self._emptying.release()
 
     def _check_name(self, volume_id: str) -> None:
         parsed = VolumeId.find(volume_id)
@@ -553,6 +591,7 @@ class Pool:
 
     def _redate(self, home: Home) -> Home:
         redated = self.catalog.trash(home)
+        self._retentions.pop(home.name, None)
         self.space.move(home.name, redated.name)
         return redated
 

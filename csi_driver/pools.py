@@ -99,6 +99,19 @@ class Pools:
             f"where that pool is, or, when the pool is gone for good, add {parsed.tag!r} to retired_tags"
         )
 
+    def check_elsewhere(self, volume_id: str) -> None:
+        """For a volume that is not here and is to be changed: a caller that asks everybody must not give up for us.
+
+        Raises:
+            FailedPrecondition: its id names a pool this driver does not have.
+        """
+        parsed = VolumeId.find(volume_id)
+        if parsed is not None and self.named_of(volume_id) is None:
+            raise FailedPrecondition(
+                f"{volume_id!r}: belongs to a pool with tag {parsed.tag} that this node does not have: the driver of "
+                "the node with that pool has to be asked"
+            )
+
     def candidates(self, parameters: Mapping[str, str]) -> list[Pool]:
         """The pools that may take a volume with these parameters, the one with most room first.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from csi_driver import modify
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import SCHEMA, Home
 from csi_driver.copies import Copier, check_ended, find_source
@@ -163,6 +164,7 @@ def _create(pool: Pool, request: VolumeRequest) -> Home:
     parameters = parse_parameters(pool, request.parameters, request.capabilities)
     access_type = access_type_of(request.capabilities)
     size_bytes = pool.size_limits(access_type, parameters).resolve(request.capacity_range)
+    modify.check(pool, request.mutable)
     spec = VolumeSpec(size_bytes, access_type, parameters)
     return pool.create(spec, _record(pool, request, spec))
 
@@ -174,6 +176,7 @@ def _copy(pool: Pool, request: VolumeRequest, origin: _Origin, copying: Copying)
         pool, request.parameters, request.capabilities, _fs_type_of(pool, origin.record)
     )
     _check_copyable(pool, origin, access_type, parameters)
+    modify.check(pool, request.mutable)
     wanted = request.capacity_range
     if wanted.required_bytes and wanted.required_bytes < origin.size_bytes:
         raise OutOfRange(
@@ -238,6 +241,7 @@ def _record(pool: Pool, request: VolumeRequest, spec: VolumeSpec) -> Record:
         pvc_name=request.pvc_name,
         pv_name=request.pv_name,
         ephemeral=request.ephemeral,
+        mutable=dict(request.mutable),
         source=request.source.id if request.source else "",
         source_kind=request.source.kind if request.source else None,
     )
@@ -264,5 +268,7 @@ def _check_same(pool: Pool, home: Home, request: VolumeRequest, candidates: list
             f"{taken}, with {size_bytes} bytes: not in the range of required_bytes "
             f"{request.capacity_range.required_bytes} and limit_bytes {request.capacity_range.limit_bytes}"
         )
+    if record.mutable != dict(request.mutable):
+        raise AlreadyExists(f"{taken}, with mutable_parameters {record.mutable}")
     if record.ephemeral != request.ephemeral:
         raise AlreadyExists(f"{taken}, as an {'inline' if record.ephemeral else 'ordinary'} volume")

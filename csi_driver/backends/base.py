@@ -215,6 +215,16 @@ class Backend(Protocol):
             FailedPrecondition: a target shows the device itself.
         """
 
+    def limits_problem(self) -> str:
+        """Why volumes here cannot be held to I/O limits; "" when they can."""
+
+    def limit(self, home: Home, record: Record) -> None:
+        """Hold the devices that stand now to the limits of the record. `attach` does so too.
+
+        Raises:
+            FailedPrecondition: this node cannot.
+        """
+
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         """Volume id to what in the kernel holds it (a loop device, a mount), for those that are in use."""
 

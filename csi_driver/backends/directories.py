@@ -17,6 +17,7 @@ from csi_driver.linux.copy import Transfer
 from csi_driver.model import HealthEntry, HealthStatus, Parameters, Stats
 
 DEFAULT_MODE = 0o755
+NO_DEVICE = "its volumes have no device of their own: I/O limits are for pools of images"
 """As mkfs makes the root of a new filesystem: root's. A pod that does not run as root sets `fsGroup`, or its
 StorageClass `mode`, `uid` or `gid`."""
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from csi_driver import mutable
 from csi_driver.backends import directories
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Directory, Features, Store
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
@@ -34,6 +35,7 @@ from csi_driver.errors import (
 from csi_driver.linux import copy, fiemap, files, filesystem, holes, loop, mount, run
 from csi_driver.linux.copy import Transfer
 from csi_driver.linux.filesystem import FILESYSTEMS
+from csi_driver.linux.throttle import ROOT, Throttle, Unlimited
 from csi_driver.model import (
     KIB,
     MIB,
@@ -75,6 +77,8 @@ class ImageOptions(msgspec.Struct, frozen=True):
     """Whether a thick image's blocks are only its own when it is made, or written too: see docs/benchmarks.md."""
     fs_type: Literal["ext4", "xfs", "btrfs"] = "ext4"
     direct_io: bool = True
+    cgroup_root: str = str(ROOT)
+    """Where cgroup v2 is mounted, or what in it is above the cgroup of all pods: I/O limits are kept there."""
 
 
 class ImageBackend:
@@ -88,6 +92,7 @@ class ImageBackend:
             raise ConfigurationError(
                 f"{pool.where} overcommit {self._options.overcommit}: give a number from 1 to 1000"
             )
+        self._throttle = Throttle(Path(self._options.cgroup_root))
         self._loops: dict[tuple[str, bool], int] = {}
         self._shares = False
 
@@ -248,13 +253,23 @@ class ImageBackend:
         return math.ceil(size_bytes / self._options.overcommit) if parameters.thin else size_bytes
 
     def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Device:
+        limits = mutable.parse(record.mutable).limits
+        problem = self.limits_problem() if limits else ""
+        if problem:
+            # Before there is a device: it would have to be taken away again.
+            raise FailedPrecondition(_unlimited(home, problem))
+        attached = self._attach(home, record, readonly=readonly)
+        self._hold(home, attached, limits)
+        return _device(attached, record)
+
+    def _attach(self, home: Home, record: Record, *, readonly: bool) -> loop.Loop:
         fd = _open(home, os.O_RDONLY if readonly else os.O_RDWR)
         try:
             # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
             discard = _is_thin(os.fstat(fd))
             standing = self._find_loop(fd, home.id, readonly=readonly)
             if standing is not None and loop.take_over(standing, discard=discard):
-                return _device(standing, record)
+                return standing
             sector_size = SECTOR_BYTES
             if record.access_type is AccessType.BLOCK:
                 # What programs expect of a raw device, unless direct I/O on this pool needs larger ones.
@@ -266,7 +281,7 @@ class ImageBackend:
         finally:
             os.close(fd)
         self._loops[home.id, readonly] = attached.number
-        return _device(attached, record)
+        return attached
 
     def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Device | None:
         fd = _open(home, os.O_RDONLY)
@@ -285,12 +300,29 @@ class ImageBackend:
             devices = loop.find(fd)
             _check_not_published(home, devices)
             for attached in devices:
+                # Its number is the next volume's.
+                self._hold(home, attached, mutable.IoLimits())
                 if not loop.release(attached):
                     log.warning("volume %s: %s goes when its last user lets go of it", home.id, attached.path)
         finally:
             os.close(fd)
         self._loops.pop((home.id, False), None)
         self._loops.pop((home.id, True), None)
+
+    def limits_problem(self) -> str:
+        return self._throttle.problem()
+
+    def limit(self, home: Home, record: Record) -> None:
+        limits = mutable.parse(record.mutable).limits
+        with Directory(_open(home, os.O_RDONLY)) as image:
+            for attached in loop.find(image.fd):
+                self._hold(home, attached, limits)
+
+    def _hold(self, home: Home, attached: loop.Loop, limits: mutable.IoLimits) -> None:
+        try:
+            self._throttle.limit(attached.device, limits)
+        except Unlimited as error:
+            raise FailedPrecondition(_unlimited(home, str(error))) from error
 
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         backing = {(one.backing_device, one.backing_inode): one.path for one in loop.all()}
@@ -347,6 +379,13 @@ def _open(home: Home, flags: int) -> int:
         return home.open(PAYLOAD_IMAGE, flags)
     except FileNotFoundError as error:
         raise Error(_missing(home)) from error
+
+
+def _unlimited(home: Home, problem: str) -> str:
+    return (
+        f"volume {home.id!r}: its I/O limits cannot be kept on this node: {problem}; or give its claim a "
+        "VolumeAttributesClass without limits"
+    )
 
 
 def _missing(home: Home) -> str:

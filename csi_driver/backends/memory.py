@@ -138,6 +138,12 @@ class MemoryBackend:
     def detach(self, home: Home) -> None:
         return None
 
+    def limits_problem(self) -> str:
+        return directories.NO_DEVICE
+
+    def limit(self, home: Home, record: Record) -> None:
+        return None
+
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         return directories.holders(homes)
 

@@ -151,6 +151,12 @@ class NfsBackend:
     def detach(self, home: Home) -> None:
         return None
 
+    def limits_problem(self) -> str:
+        return "its volumes are on a file server: I/O limits are for pools of images on a node's own disks"
+
+    def limit(self, home: Home, record: Record) -> None:
+        return None
+
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         # Other nodes' mounts are not seen from here. Kubernetes deletes no volume that a pod has claimed.
         return {}

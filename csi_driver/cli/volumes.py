@@ -34,6 +34,7 @@ class Row:
     staged: list[str] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)
     in_use: bool = False
+    mutable: dict[str, str] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -71,6 +72,7 @@ def _row(home: records.Home, found: Places) -> Row:
     if home.record is not None:
         record = home.record
         row.name, row.size_bytes, row.fs_type = record.name, record.size_bytes, record.fs_type
+        row.mutable = record.mutable
         row.pvc = f"{record.pvc_namespace}/{record.pvc_name}" if record.pvc_name else ""
     return row
 
@@ -132,7 +134,12 @@ def _details(row: Row) -> list[str]:
     where = [f"at {escape(path)}" for path in row.published]
     if not where and (row.staged or row.devices):
         where = [f"staged, in no pod ({', '.join(row.devices)})"]
-    return [row.id, *(where or ["in use" if row.in_use else "[dim]not mounted[/]"])]
+    changed = [escape(" ".join(f"{key}={value}" for key, value in sorted(row.mutable.items())))]
+    return [
+        row.id,
+        *(changed if row.mutable else ()),
+        *(where or ["in use" if row.in_use else "[dim]not mounted[/]"]),
+    ]
 
 
 def _size(number: int | None) -> str:

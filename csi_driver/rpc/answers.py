@@ -85,6 +85,7 @@ def validation(
         volume_context=request.volume_context,
         volume_capabilities=request.volume_capabilities,
         parameters=request.parameters,
+        mutable_parameters=request.mutable_parameters,
     )
     return pb.ValidateVolumeCapabilitiesResponse(confirmed=confirmed)
 

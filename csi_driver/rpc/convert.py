@@ -46,7 +46,6 @@ def volume_request(request: pb.CreateVolumeRequest) -> VolumeRequest:
     """CSI: CreateVolume."""
     name = check.name("name", request.name)
     wanted = _capacity_range(request.capacity_range)
-    _no_mutable_parameters(request.mutable_parameters)
     given = check.mapping("parameters", request.parameters)
     capabilities = tuple(
         _with_fs_type(capability, given.get(FS_TYPE, ""))
@@ -62,6 +61,7 @@ def volume_request(request: pb.CreateVolumeRequest) -> VolumeRequest:
         pvc_name=given.get(PVC_NAME, ""),
         pv_name=given.get(PV_NAME, ""),
         source=_source(request.volume_content_source) if request.HasField("volume_content_source") else None,
+        mutable=_mutable(request.mutable_parameters),
     )
 
 
@@ -131,13 +131,22 @@ def snapshot_id(request: pb.DeleteSnapshotRequest | pb.GetSnapshotRequest) -> st
 
 def validation(
     request: pb.ValidateVolumeCapabilitiesRequest,
-) -> tuple[str, tuple[Capability, ...], dict[str, str], dict[str, str]]:
-    """CSI: ValidateVolumeCapabilities. The volume's id, capabilities, parameters and context."""
+) -> tuple[str, tuple[Capability, ...], dict[str, str], dict[str, str], dict[str, str]]:
+    """CSI: ValidateVolumeCapabilities. The volume's id, capabilities, parameters, context and mutable parameters."""
     volume_id = check.required("volume_id", request.volume_id)
     capabilities = required_capabilities(request.volume_capabilities)
-    check.mapping("mutable_parameters", request.mutable_parameters)
     parameters = _own(check.mapping("parameters", request.parameters))
-    return volume_id, capabilities, parameters, context(request.volume_context)
+    mutable = _mutable(request.mutable_parameters)
+    return volume_id, capabilities, parameters, context(request.volume_context), mutable
+
+
+def modification(request: pb.ControllerModifyVolumeRequest) -> tuple[str, dict[str, str]]:
+    """CSI: ControllerModifyVolume."""
+    volume_id = check.required("volume_id", request.volume_id)
+    given = _mutable(request.mutable_parameters)
+    if not given:
+        raise InvalidArgument("mutable_parameters: missing: say what shall be changed")
+    return volume_id, given
 
 
 def page(
@@ -380,9 +389,5 @@ def _own(parameters: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in parameters.items() if not key.startswith(METADATA)}
 
 
-def _no_mutable_parameters(given: Mapping[str, str]) -> None:
-    if given:
-        keys = ", ".join(repr(check.quoted(key)) for key in sorted(given)[:4])
-        raise InvalidArgument(
-            f"mutable_parameters: {keys}: this driver changes no volume later: use no VolumeAttributesClass with it"
-        )
+def _mutable(given: Mapping[str, str]) -> dict[str, str]:
+    return _own(check.mapping("mutable_parameters", given))

@@ -103,6 +103,7 @@ class ControllerService(ControllerServicer):
             _Rpc.LIST_SNAPSHOTS,
             _Rpc.GET_SNAPSHOT,
             _Rpc.CLONE_VOLUME,
+            _Rpc.MODIFY_VOLUME,
         ]
         if self._features.grows_in_controller:
             offered.append(_Rpc.EXPAND_VOLUME)
@@ -127,8 +128,6 @@ class ControllerService(ControllerServicer):
         self, request: pb.ValidateVolumeCapabilitiesRequest, context: grpc.ServicerContext
     ) -> pb.ValidateVolumeCapabilitiesResponse:
         why_not = self._controller.validate(*convert.validation(request))
-        if request.mutable_parameters:
-            why_not = why_not or "mutable_parameters: this driver has none"
         return answers.validation(request, why_not)
 
     def ListVolumes(
@@ -181,6 +180,12 @@ class ControllerService(ControllerServicer):
     ) -> pb.ControllerExpandVolumeResponse:
         size_bytes, on_node = self._controller.expand_volume(*convert.controller_expansion(request))
         return pb.ControllerExpandVolumeResponse(capacity_bytes=size_bytes, node_expansion_required=on_node)
+
+    def ControllerModifyVolume(
+        self, request: pb.ControllerModifyVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerModifyVolumeResponse:
+        self._controller.modify_volume(*convert.modification(request))
+        return pb.ControllerModifyVolumeResponse()
 
     def ControllerGetVolumeHealth(
         self, request: pb.ControllerGetVolumeHealthRequest, context: grpc.ServicerContext

@@ -58,6 +58,8 @@ MOUNT = Settings("mount")
 MOUNT_WITHOUT_CAPABILITY = Settings(
     "mount-without-CAP_SYS_RESOURCE", left_out="should work if node-expand is called after node-publish"
 )
+# A VolumeAttributesClass that every backend can do.
+MUTABLE = "retention: 0s\n"
 # It compares two topologies with what their serialization has left in them, and no answer that has one passes.
 WRONG_IN_THE_SUITE = "should succeed when creating a snapshot with accessibility requirements"
 BACKENDS = {
@@ -146,6 +148,9 @@ def run_sanity(program: Path, place: Scratch, socket: Path, settings: Settings) 
         "--ginkgo.no-color",
         f"--ginkgo.json-report={report}",
     ]
+    mutable = place.root / "mutable.yaml"
+    mutable.write_text(MUTABLE, encoding="utf-8")
+    argv.append(f"--csi.testvolumemutableparameters={mutable}")
     if settings.parameters:
         parameters = place.root / "parameters.yaml"
         parameters.write_text(settings.parameters, encoding="utf-8")

@@ -143,7 +143,7 @@ def test_validation_says_what_does_not_fit(rig: Rig) -> None:
     def validate(
         *capabilities: object, parameters: dict[str, str] | None = None, context: dict[str, str] | None = None
     ) -> str:
-        return rig.controller.validate(made.id, capabilities, parameters or {}, context or {})  # type: ignore[arg-type]
+        return rig.controller.validate(made.id, capabilities, parameters or {}, context or {}, {})  # type: ignore[arg-type]
 
     assert validate(capability()) == ""
     assert validate(capability(AccessMode.MULTI_NODE_MULTI_WRITER), parameters={"mode": "0700"}) == ""
@@ -154,7 +154,7 @@ def test_validation_says_what_does_not_fit(rig: Rig) -> None:
     assert "bind options" in validate(replace(capability(), mount_flags=("noexec", "data=journal")))
     assert validate(replace(capability(), mount_flags=("noexec",))) == ""
     with pytest.raises(NotFound):
-        rig.controller.validate("nothing", (capability(),), {}, {})
+        rig.controller.validate("nothing", (capability(),), {}, {}, {})
 
 
 # ListVolumes

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from csi_driver import config
+from csi_driver import config, mutable
 from csi_driver.app import parse_arguments
 from csi_driver.backends import BACKENDS, btrfs, directory, image, memory
 from csi_driver.backends.parameters import COMMON, MKFS_OPTIONS, PROVISIONING
@@ -103,6 +103,10 @@ def test_every_parameter_is_documented() -> None:
     documented = rows(section("parameters.md", "StorageClass `parameters`")).keys()
 
     assert documented == {*PLACEMENT_KEYS, *COMMON, MKFS_OPTIONS, PROVISIONING}
+
+
+def test_every_mutable_parameter_is_documented() -> None:
+    assert tuple(rows(section("parameters.md", "VolumeAttributesClass"))) == mutable.KEYS
 
 
 @pytest.mark.parametrize("fs_type", FILESYSTEMS)

@@ -134,7 +134,7 @@ def test_create_of_a_device_has_no_filesystem() -> None:
             },
             "volume_content_source.snapshot.snapshot_id: missing",
         ),
-        ({"mutable_parameters": {"iops": "1"}}, "mutable_parameters: 'iops'"),
+        ({"mutable_parameters": {"iops": "1" * 5000}}, "mutable_parameters: has 5004 bytes"),
     ],
 )
 def test_create_refuses(changes: dict[str, Any], words: str) -> None:

@@ -105,6 +105,7 @@ def test_what_the_controller_can_do() -> None:
         "LIST_SNAPSHOTS",
         "GET_SNAPSHOT",
         "CLONE_VOLUME",
+        "MODIFY_VOLUME",
     }
     with advertising(NONE) as client:
         assert controller_can(client) == always
@@ -129,7 +130,6 @@ def test_what_the_node_can_do() -> None:
         pb.NodeUnstageVolumeRequest(volume_id="v", staging_target_path="/s"),
         pb.NodeExpandVolumeRequest(volume_id="v", volume_path="/p"),
         pb.ControllerPublishVolumeRequest(),
-        pb.ControllerModifyVolumeRequest(),
         pb.CreateVolumeGroupSnapshotRequest(),
     ],
 )
@@ -178,12 +178,20 @@ def test_capabilities_are_confirmed_as_a_whole_or_not_at_all() -> None:
             volume_id=made.volume_id, volume_capabilities=[mount_capability()]
         )
         confirmed = client.call(fits)
-        fits.mutable_parameters["iops"] = "1"
+        fits.mutable_parameters["retention"] = "1h"
         refused = client.call(fits)
+        client.call(
+            pb.ControllerModifyVolumeRequest(
+                volume_id=made.volume_id,
+                mutable_parameters={"retention": "1h", "csi.storage.k8s.io/pv/name": "x"},
+            )
+        )
+        changed = client.call(fits)
 
     assert list(confirmed.confirmed.volume_capabilities) == [mount_capability()]
     assert not refused.HasField("confirmed")
-    assert refused.message == "mutable_parameters: this driver has none"
+    assert refused.message == "mutable_parameters {'retention': '1h'}: the volume has {}"
+    assert dict(changed.confirmed.mutable_parameters) == {"retention": "1h"}
 
 
 def test_the_node_says_what_and_where_it_is() -> None:
