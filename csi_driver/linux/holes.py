@@ -14,7 +14,6 @@ from csi_driver.linux import fiemap, syscall
 Range = tuple[int, int]
 """Start and end, in bytes."""
 
-_SMALL: Final = 64 << 10
 _NO_MAP: Final = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL)
 
 
@@ -23,11 +22,6 @@ def data_ranges(fd: int, size: int) -> Iterator[Range]:
 
     Whatever was written before the call is in them. What is written meanwhile may be or not.
     """
-    if size <= _SMALL and os.fstat(fd).st_blocks * 512 >= size:
-        # No hole: asking for one costs more than copying blocks that were never written.
-        if size:
-            yield 0, size
-        return
     yield from _without(_outside_holes(fd, size), _unwritten(fd))
 
 

@@ -5,7 +5,8 @@ Kept: content (shared or copied, holes stay holes), owner, mode, times, extended
 capabilities, hard links within the tree, symlinks, fifos, sockets, device nodes, any name, any depth. Not kept: flags
 of chattr(1), and what is mounted in the tree. Not of one moment: what changes meanwhile is copied as it is met.
 
-The source is resolved beneath its descriptor, through no symlink; the destination must be out of everybody's sight.
+The source is resolved beneath its descriptor, through no symlink, and should be a view of its own (`mount.private_view`),
+for a file can be a mount point as well; the destination must be out of everybody's sight.
 """
 
 import errno
@@ -24,8 +25,8 @@ _WITHIN: Final = (
     | syscall.RESOLVE_NO_XDEV
 )
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
-# Non-blocking, for a fifo that has taken a file's place since it was looked at.
-_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+# A name of one part: there is nothing to resolve. Non-blocking, for a fifo that has taken a file's place meanwhile.
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _PIECE: Final = 4000
 """Bytes of a path that are surely resolved at once (PATH_MAX is 4096)."""
 _CANNOT_SHARE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY)
@@ -54,62 +55,69 @@ def copy_tree(src_fd: int, dst_fd: int, transfer: Transfer, *, share: bool) -> N
     run = _Copy(src_fd, dst_fd, transfer, share)
     waiting = [""]
     while waiting:
-        path = waiting.pop()
         transfer.check()
+        waiting += _copy_directory(run, waiting.pop())
+
+
+def _copy_directory(run: _Copy, path: str) -> list[str]:
+    """All of one directory but what is in those beneath it, which are made, and whose paths come back."""
+    try:
+        source = _open(run.src_fd, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # gone, or replaced by something that is no directory any more
+    except OSError as error:
+        # A mount point, or a symlink put in a directory's place: what is there is not the volume's.
+        if error.errno not in (errno.EXDEV, errno.ELOOP):
+            raise
+        return []
+    try:
+        target = _open(run.dst_fd, path)
         try:
-            source = _open(src_fd, path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # gone, or replaced by something that is no directory any more
-        except OSError as error:
-            # A mount point, or a symlink put in a directory's place: what is there is not the volume's.
-            if error.errno not in (errno.EXDEV, errno.ELOOP):
-                raise
-            continue
-        try:
-            target = _open(dst_fd, path)
-            try:
-                waiting += _copy_directory(run, source, target, path)
-                # Complete: what will be made in its subdirectories changes nothing of it.
-                _describe(source, target, os.fstat(source))
-            finally:
-                os.close(target)
+            below = _copy_entries(run, source, target, path)
+            # Complete: what will be made in its subdirectories changes nothing of it.
+            _describe(source, target, os.fstat(source))
         finally:
-            os.close(source)
+            os.close(target)
+    finally:
+        os.close(source)
+    return below
 
 
-def _copy_directory(run: _Copy, source: int, target: int, path: str) -> list[str]:
-    """Make all that is directly in one directory; the paths of its subdirectories, empty yet."""
+def _copy_entries(run: _Copy, source: int, target: int, path: str) -> list[str]:
     below = []
     with os.scandir(source) as entries:
         for entry in entries:
             place = f"{path}/{entry.name}" if path else entry.name
             try:
-                found = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(found.st_mode):
+                if entry.is_dir(follow_symlinks=False):
                     os.mkdir(entry.name, 0o700, dir_fd=target)
                     below.append(place)
+                elif entry.is_file(follow_symlinks=False):
+                    _copy_file(run, source, target, place)
                 else:
-                    _copy_entry(run, source, target, entry.name, place, found)
+                    _copy_special(run, source, target, place)
             except FileNotFoundError:
                 continue
     return below
 
 
-def _copy_entry(run: _Copy, source: int, target: int, name: str, place: str, found: os.stat_result) -> None:
-    if found.st_nlink > 1 and _link(run, target, name, place, (found.st_dev, found.st_ino)):
+def _copy_special(run: _Copy, source: int, target: int, place: str) -> None:
+    name = os.path.basename(place)
+    found = os.stat(name, dir_fd=source, follow_symlinks=False)
+    if found.st_nlink > 1 and _link(run, target, name, place, found):
         return
-    if stat.S_ISREG(found.st_mode):
-        _copy_file(run, source, target, name)
-    elif stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(found.st_mode):
         os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-        _describe_unopened(source, target, name, found)
+    elif stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name)
     else:
         os.mknod(name, found.st_mode, found.st_rdev, dir_fd=target)
-        _describe_unopened(source, target, name, found)
+    _describe_unopened(source, target, name, found)
 
 
-def _link(run: _Copy, target: int, name: str, place: str, identity: tuple[int, int]) -> bool:
+def _link(run: _Copy, target: int, name: str, place: str, found: os.stat_result) -> bool:
     """Give a file that has been copied already its other name; False if this is the first."""
+    identity = (found.st_dev, found.st_ino)
     first = run.links.setdefault(identity, place)
     if first == place:
         return False
@@ -126,31 +134,37 @@ def _link(run: _Copy, target: int, name: str, place: str, identity: tuple[int, i
     return True
 
 
-def _copy_file(run: _Copy, source: int, target: int, name: str) -> None:
+def _copy_file(run: _Copy, source: int, target: int, place: str) -> None:
+    name = os.path.basename(place)
     try:
-        src_fd = syscall.openat2(source, name, _FILE, 0, _WITHIN)
+        src_fd = os.open(name, _FILE, dir_fd=source)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.EACCES):
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EACCES):
             raise
         raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name) from error
     try:
         found = os.fstat(src_fd)
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name)
-        dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
-        try:
-            if found.st_size:
-                _copy_content(run, src_fd, dst_fd, found)
-            else:
-                run.transfer.advance(0)
-            _describe(src_fd, dst_fd, found)
-        finally:
-            os.close(dst_fd)
+        if found.st_nlink == 1 or not _link(run, target, name, place, found):
+            _copy_opened(run, src_fd, target, name, found)
     finally:
         os.close(src_fd)
 
 
-def _copy_content(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result) -> None:
+def _copy_opened(run: _Copy, src_fd: int, target: int, name: str, found: os.stat_result) -> None:
+    dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+    try:
+        if found.st_size:
+            _copy_content(run, src_fd, dst_fd)
+        else:
+            run.transfer.advance(0)
+        _describe(src_fd, dst_fd, found)
+    finally:
+        os.close(dst_fd)
+
+
+def _copy_content(run: _Copy, src_fd: int, dst_fd: int) -> None:
     if run.share:
         try:
             files.clone_file(src_fd, dst_fd)
