@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from bench.calls import measure_calls
+from bench.contents import measure_contents
 from bench.copies import measure_copies
 from bench.isolation import enter_own_namespace
 from bench.lifecycles import measure_memory, measure_throughput
@@ -14,7 +15,7 @@ from bench.report import Report, machine
 from bench.scratch import scratch
 from bench.subjects import BACKENDS
 
-SECTIONS = ("calls", "lives", "many", "memory", "copies")
+SECTIONS = ("calls", "lives", "many", "memory", "copies", "contents")
 OUTPUT = Path(__file__).parents[1] / ".cache" / "bench" / "bench.json"
 
 
@@ -53,6 +54,9 @@ def main() -> int:
     if "copies" in sections:
         with scratch(arguments.beneath) as place:
             measure_copies(report, place, rounds=max(5, int(50 * share)))
+    if "contents" in sections:
+        with scratch(arguments.beneath) as place:
+            measure_contents(report, place, share)
     report.write(arguments.output)
     report.print_end(arguments.output)
     return 0

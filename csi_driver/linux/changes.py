@@ -8,8 +8,7 @@ not be written to meanwhile.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from csi_driver.linux import fiemap
 
@@ -24,8 +23,7 @@ Range = tuple[int, int]
 """Start and end, in bytes."""
 
 
-@dataclass(slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Bytes from one source: `place` is where on the disk they begin, or _ZERO, or _HIDDEN where that is not told."""
 
     start: int
@@ -88,18 +86,18 @@ def _compared(base_fd: int, target_fd: int, start: int, end: int) -> Iterator[Ra
 def _pieces(fd: int, start: int, size: int, whole: int) -> Iterator[_Piece]:
     """All bytes from `start` to `whole`, of which the file has `size`."""
     position = start
-    for extent in fiemap.extents(fd, start, sync=True):
-        begin, end = max(extent.logical, position), min(extent.logical + extent.length, size)
+    for logical, physical, length, flags in fiemap.extents(fd, start, sync=True):
+        begin, end = max(logical, position), min(logical + length, size)
         if begin >= end:
             continue
         if begin > position:
             yield _Piece(position, begin, _ZERO)
-        if extent.flags & fiemap.UNWRITTEN:
+        if flags & fiemap.UNWRITTEN:
             place = _ZERO
-        elif extent.flags & _UNTOLD:
+        elif flags & _UNTOLD:
             place = _HIDDEN
         else:
-            place = extent.physical + begin - extent.logical
+            place = physical + begin - logical
         yield _Piece(begin, end, place)
         position = end
     if position < whole:
