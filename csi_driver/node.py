@@ -123,13 +123,11 @@ class Node:
             remote = static.export_stats(self._exports, path) if self._exports is not None else None
             return remote or static.stats(self._pools, volume_id, path)
         pool, home = found
-        record = pool.catalog.read(home)
-        if record.access_type is AccessType.BLOCK:
-            if not os.path.lexists(path):
-                raise NotFound(f"volume_path {volume_path!r}: volume {volume_id!r} is not there")
-            return Stats(total_bytes=pool.size_bytes(home))
-        if mount.find_mounted(path) is None:
+        volume = staging.Local(pool, home, pool.catalog.read(home))
+        if not staging.is_shown_at(volume, path):
             raise NotFound(f"volume_path {volume_path!r}: volume {volume_id!r} is not published there")
+        if volume.is_block:
+            return Stats(total_bytes=pool.size_bytes(home))
         with staging.opened(path) as fd:
             return pool.backend.stats(home, fd)
 
@@ -176,9 +174,13 @@ class Node:
         CSI: NodeGetVolumeHealth.
         """
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)
-        if found is None:
+        if found is not None:
+            return self._health.of_volume(*found)
+        if not volume_path:
             raise NotFound(f"volume {volume_id!r}: does not exist on this node")
-        return self._health.of_volume(*found)
+        path = Path(volume_path)
+        remote = static.export_health(self._exports, path) if self._exports is not None else None
+        return static.health(self._pools, volume_id, path) if remote is None else remote
 
     def storage_health(self) -> list[StorageEntry]:
         """What is wrong with the pools, as this node sees them.

@@ -139,14 +139,29 @@ def shown_at(volume: Local, staging: Path) -> list[mount.Mount]:
     if not volume.is_block:
         with _root(volume, staging) as root_fd:
             return mount.mounts_of(root_fd)
-    find = volume.pool.backend.find_attached
-    devices = [find(volume.home, volume.record, readonly=readonly) for readonly in (False, True)]
     return [
-        entry
-        for device in devices
-        if isinstance(device, Device)
-        for entry in mount.mounts_of_device(device.path, device.number)
+        entry for device in _devices(volume) for entry in mount.mounts_of_device(device.path, device.number)
     ]
+
+
+def is_shown_at(volume: Local, path: Path) -> bool:
+    """Whether the volume or a part of it is mounted at `path`, for a pod or where it is staged."""
+    mounted = mount.find_mounted(path)
+    if mounted is None:
+        return False
+    if volume.is_block:
+        return any(device.number == mounted.rdev for device in _devices(volume))
+    attachment = volume.pool.backend.find_attached(volume.home, volume.record)
+    if attachment is None:
+        return False
+    with attachment:
+        if isinstance(attachment, Device):
+            return _is_mounted(attachment, path)
+        root = os.fstat(attachment.fd)
+        if (mounted.device, mounted.inode) == (root.st_dev, root.st_ino):
+            return True
+        # A `subPath` of it; what is beneath what, only the list of all mounts tells.
+        return any(entry.mount_id == mounted.mount_id for entry in mount.mounts_of(attachment.fd))
 
 
 def mount_flags(capability: Capability, *, superblock: bool) -> tuple[mount.Attributes, list[str]]:
@@ -220,6 +235,13 @@ def _fit(volume: Local, staging: Path) -> None:
         os.close(_ensure_directory(fd, PAYLOAD_DIRECTORY, volume.parameters))
         if privileges.can_grow_mounted(volume.record.fs_type):
             filesystem.grow(volume.record.fs_type, fd, volume.pool.size_bytes(volume.home))
+
+
+def _devices(volume: Local) -> list[Device]:
+    """Those of a block volume that stand now: for writers, and for pods that may only read."""
+    find = volume.pool.backend.find_attached
+    found = [find(volume.home, volume.record, readonly=readonly) for readonly in (False, True)]
+    return [device for device in found if isinstance(device, Device)]
 
 
 def _ensure_directory(dir_fd: int, path: str, parameters: Parameters) -> int:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from csi_driver.errors import InvalidArgument, NotFound, invalid, unknown_keys
+from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
 from csi_driver.linux.exports import Exports, Source, find_source
-from csi_driver.model import PublishRequest, Stats
+from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Stats
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
@@ -154,10 +154,7 @@ def stats(pools: Pools, volume_id: str, path: Path) -> Stats:
     Raises:
         NotFound: no static volume is published there.
     """
-    mounted = mount.find_mounted(path)
-    entry = next((entry for entry in mount.mounts() if mounted and entry.mount_id == mounted.mount_id), None)
-    if entry is None or not any(_lies_in(entry, root) for pool in pools for root in pool.config.static_roots):
-        raise NotFound(f"volume {volume_id!r}: does not exist on this node, or is not at {os.fspath(path)!r}")
+    _shown_at(pools, volume_id, path)
     usage = files.usage(path)
     return Stats(
         total_bytes=usage.total_bytes,
@@ -167,6 +164,42 @@ def stats(pools: Pools, volume_id: str, path: Path) -> Stats:
         used_inodes=usage.used_inodes,
         available_inodes=usage.free_inodes,
     )
+
+
+def export_health(exports: Exports, path: Path) -> list[HealthEntry] | None:
+    """What is wrong with the export that is published at `path`. None: none is."""
+    try:
+        found = export_stats(exports, path)
+    except Unavailable as error:
+        return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", str(error))]
+    return None if found is None else []
+
+
+def health(pools: Pools, volume_id: str, path: Path) -> list[HealthEntry]:
+    """What is wrong with a published static volume, as far as its filesystem shows.
+
+    Raises:
+        NotFound: no static volume is published there.
+    """
+    entry = _shown_at(pools, volume_id, path)
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    except OSError as error:
+        message = f"volume {volume_id!r}: its directory cannot be looked at: {error}"
+        return [HealthEntry(HealthStatus.INACCESSIBLE, "Unreadable", message)]
+    if "ro" in entry.super_options:
+        message = f"volume {volume_id!r}: the filesystem that it lies on is read-only: see the kernel's log"
+        return [HealthEntry(HealthStatus.DEGRADED, "FilesystemReadOnly", message)]
+    return []
+
+
+def _shown_at(pools: Pools, volume_id: str, path: Path) -> mount.Mount:
+    """The mount of a static volume; its attributes are not told again, so what is mounted has to tell."""
+    mounted = mount.find_mounted(path)
+    entry = next((entry for entry in mount.mounts() if mounted and entry.mount_id == mounted.mount_id), None)
+    if entry is None or not any(_lies_in(entry, root) for pool in pools for root in pool.config.static_roots):
+        raise NotFound(f"volume {volume_id!r}: does not exist on this node, or is not at {os.fspath(path)!r}")
+    return entry
 
 
 @contextmanager

@@ -3,14 +3,17 @@
 
 import errno
 import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from csi_driver.linux import mount
-from csi_driver.model import AccessMode, AccessType, Capability
+from csi_driver.model import AccessMode, AccessType, Capability, HealthStatus
+from tests.kernel.conftest import MakePool
 from tests.kernel.node_scene import Scene, inline_request, static_request
 
 INLINE = "csi-0123456789abcdef"
@@ -184,6 +187,39 @@ def test_a_static_path_cannot_leave_the_allowed_roots(scene: Scene, exports: Pat
 
     assert not (scene.kubelet / "pod").exists()
     assert list(secret.iterdir()) == []
+
+
+def test_the_health_of_a_static_volume_is_that_of_what_is_mounted(scene: Scene, exports: Path) -> None:
+    request = static_request(scene, exports)
+    scene.rig.node.publish(request)
+    target = scene.kubelet / "pod"
+
+    assert scene.rig.node.volume_health(request.volume_id, str(target)) == []
+    for path in ("", "/proc", str(scene.kubelet)):
+        with pytest.raises(NotFound):
+            scene.rig.node.volume_health(request.volume_id, path)
+
+    scene.rig.node.unpublish(request.volume_id, str(target))
+    with pytest.raises(NotFound):
+        scene.rig.node.volume_health(request.volume_id, str(target))
+
+
+def test_a_static_volume_on_a_filesystem_that_turned_read_only_is_degraded(
+    workshop: Path, scratch: Path, make_pool: MakePool
+) -> None:
+    disk = make_pool("ext4")
+    options = f'backend = "image"\nstatic_roots = ["{disk}"]'
+    scene = Scene.make(workshop, scratch / "pool", options)
+    with closing(scene.rig):
+        request = static_request(scene, disk)
+        scene.rig.node.publish(request)
+        target = str(scene.kubelet / "pod")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+
+        found = scene.rig.node.volume_health(request.volume_id, target)
+
+        assert [(one.status, one.reason) for one in found] == [(HealthStatus.DEGRADED, "FilesystemReadOnly")]
+        scene.rig.node.unpublish(request.volume_id, target)
 
 
 def test_stats_of_what_is_no_static_volume_are_not_found(scene: Scene, workshop: Path) -> None:

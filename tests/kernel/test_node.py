@@ -380,6 +380,36 @@ def test_stats_tell_bytes_and_inodes_and_a_devices_size(scene: Scene) -> None:
     scene.end(device, "raw")
 
 
+def test_stats_are_of_a_path_that_shows_the_volume(scene: Scene) -> None:
+    volume, other = scene.create("v", 32 * MIB), scene.create("o", 32 * MIB)
+    part = scene.create("p", 32 * MIB, subPath="deep/down")
+    device, raw = scene.create("b", 8 * MIB, BLOCK), scene.create("c", 8 * MIB, BLOCK)
+    shown = {one.id: scene.run(one, f"pod-{one.record.name}") for one in (volume, other, part)}
+    shown |= {one.id: scene.run(one, f"pod-{one.record.name}", BLOCK) for one in (device, raw)}
+    reader = scene.publish(raw, "reader", BLOCK, readonly=True)
+
+    for one in shown:
+        for another, path in shown.items():
+            if one == another:
+                assert scene.rig.node.stats(one, str(path)).total_bytes > 0
+            else:
+                with pytest.raises(NotFound):
+                    scene.rig.node.stats(one, str(path))
+    assert scene.rig.node.stats(raw.id, str(reader)).total_bytes == 8 * MIB
+    assert scene.rig.node.stats(volume.id, str(scene.staging(volume))).total_bytes > 0
+    for wrong in (scene.kubelet, Path("/proc"), Path("/dev/null"), scene.kubelet / "nowhere"):
+        with pytest.raises(NotFound):
+            scene.rig.node.stats(volume.id, str(wrong))
+        with pytest.raises(NotFound):
+            scene.rig.node.stats(device.id, str(wrong))
+
+    scene.end(raw, "pod-c", "reader")
+    for ended in (volume, other, part, device):
+        scene.end(ended, f"pod-{ended.record.name}")
+    with pytest.raises(NotFound):
+        scene.rig.node.stats(volume.id, str(shown[volume.id]))
+
+
 def test_after_a_reboot_the_data_is_there(scene: Scene) -> None:
     volume = scene.create("v", 32 * MIB)
     target = scene.run(volume)
