@@ -184,6 +184,9 @@ class ImageBackend:
             if not spec.snapshot and not spec.parameters.thin and _is_thin(os.fstat(fd)):
                 # A clone has holes where its origin has unwritten blocks.
                 files.allocate(fd, 0, spec.size_bytes)
+            if not spec.snapshot:
+                # What is shared with an origin is written already, and stays shared.
+                self._preallocate(fd, 0, spec.size_bytes, thin=spec.parameters.thin)
             files.sync(fd)
         finally:
             os.close(fd)

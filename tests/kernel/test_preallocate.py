@@ -3,11 +3,14 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from csi_driver.linux import files
+from csi_driver.model import Source, SourceKind, TopologyRequirement
+from tests.kernel.conftest import MakePool
 from tests.rig import Kind, Rig, configure, open_rig, volume
 
 MIB = 1 << 20
@@ -53,6 +56,31 @@ def test_growth_is_zeroed_too_and_a_thin_volume_is_not(scratch: Path) -> None:
         assert _image(rig, thick.id).stat().st_size == 64 * MIB
         assert _unwritten_bytes(_image(rig, thick.id)) == 0
         assert _image(rig, thin.id).stat().st_blocks * 512 < 16 * MIB
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs"])
+@pytest.mark.parametrize("kind", (ZEROED, ALLOCATED), ids=lambda kind: str(kind.name))
+def test_a_copy_of_a_thick_volume_is_as_thick(make_pool: MakePool, fs_type: str, kind: Kind) -> None:
+    with open_rig(configure(kind, make_pool(fs_type, 1024 * MIB) / "pool")) as rig:
+        origin = rig.controller.create_volume(volume("v", 32 * MIB))
+        taken = rig.snapshots.create("s", origin.id, {}, TopologyRequirement()).record.id
+        copies = [
+            rig.controller.create_volume(replace(volume(name, size), source=source)).id
+            for name, source in (
+                ("restored", Source(SourceKind.SNAPSHOT, taken)),
+                ("cloned", Source(SourceKind.VOLUME, origin.id)),
+            )
+            for size in (32 * MIB, 48 * MIB)
+            for name in (f"{name}-{size}",)
+        ]
+        thin = volume("thin", 48 * MIB, provisioning="thin")
+        sparse = rig.controller.create_volume(replace(thin, source=Source(SourceKind.SNAPSHOT, taken)))
+
+        for made in copies:
+            image = _image(rig, made)
+            assert image.stat().st_blocks * 512 >= image.stat().st_size
+            assert (_unwritten_bytes(image) == 0) is (kind is ZEROED)
+        assert _image(rig, sparse.id).stat().st_blocks * 512 < 44 * MIB
 
 
 def test_zeros_are_written_only_where_nothing_is(scratch: Path) -> None:
