@@ -304,7 +304,9 @@ def _serve_http(
     from csi_driver.rpc import http
     from csi_driver.rpc.metrics import Metrics
 
-    metrics = Metrics(driver.name, driver.info.node_id, driver.pools, driver.calls)
+    metrics = Metrics(
+        driver.name, driver.info.node_id, driver.pools, driver.calls, driver.copier, driver.maintenance
+    )
 
     def not_ready() -> str:
         missing = [pool.name for pool in driver.pools if not pool.is_present()]

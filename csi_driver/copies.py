@@ -86,6 +86,7 @@ class Copier:
                 finally:
                     for _, order in wanted:
                         order.transfer.deadline = None
+                        self.jobs.add_copied(order.transfer)
 
     def check_together(self, orders: Sequence[CopyOrder]) -> None:
         """Whether all of these can be copied as of one moment, and within a call.

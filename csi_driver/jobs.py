@@ -6,13 +6,15 @@ Kept in memory only: a restart drops what is half made, and the repeat begins an
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from csi_driver.errors import Aborted
 from csi_driver.linux.copy import Stopped, Transfer
-from csi_driver.model import Record, SnapshotRecord
+from csi_driver.model import Record, SnapshotRecord, SourceKind
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,14 @@ class Job:
         self.record = record
         self.transfer = transfer
         self.failure: BaseException | None = None
+        self.is_waiting = True
+        """Whether others run, and it has not begun."""
         self._ended = threading.Event()
+
+    @property
+    def kind(self) -> str:
+        """What it makes: a snapshot, a restore or a clone."""
+        return kind_of(self.record)
 
     @property
     def is_running(self) -> bool:
@@ -47,6 +56,18 @@ class Job:
         return f"{self.transfer.done_bytes} of {self.transfer.total_bytes} bytes copied"
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The background copies of a driver, by kind and by how they stand or ended."""
+
+    copying: Counter[tuple[str, str]]
+    """(kind, "running" or "waiting") to how many, now."""
+    ended: Counter[tuple[str, str]]
+    """(kind, "done", "failed" or "stopped") to how many, since the start."""
+    copied_bytes: int
+    """Moved since the start, also by copies that are not in the background."""
+
+
 class Jobs:
     """The background copies of one driver; at most `workers` run at once, the others wait.
 
@@ -57,9 +78,8 @@ class Jobs:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="copy") if workers else None
         self._guard = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self.finished = 0
-        self.failed = 0
-        self.copied_bytes = 0
+        self._ended: Counter[tuple[str, str]] = Counter()
+        self._copied_bytes = 0
 
     def start(
         self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None], held: ExitStack
@@ -88,6 +108,19 @@ class Jobs:
         """The jobs that run or wait."""
         with self._guard:
             return [job for job in self._jobs.values() if job.is_running]
+
+    def counts(self) -> Counts:
+        """What there is to count."""
+        with self._guard:
+            running = [job for job in self._jobs.values() if job.is_running]
+            copying = Counter((job.kind, "waiting" if job.is_waiting else "running") for job in running)
+            moved = self._copied_bytes + sum(job.transfer.done_bytes for job in running)
+            return Counts(copying, self._ended.copy(), moved)
+
+    def add_copied(self, transfer: Transfer) -> None:
+        """Count what a copy has moved that was no job."""
+        with self._guard:
+            self._copied_bytes += transfer.done_bytes
 
     def take_failure(self, made_id: str) -> None:
         """Raise what a job for this has ended in, once: the next call begins anew."""
@@ -120,20 +153,29 @@ class Jobs:
 
     def _run(self, job: Job, work: Callable[[], None], held: ExitStack) -> None:
         failure: BaseException | None = None
+        result = "done"
+        job.is_waiting = False
         try:
             with held:
                 job.transfer.check()
                 work()
         except Stopped as error:
+            result = "stopped"
             failure = Aborted(f"{job.record.id!r}: {error}: repeat, and it begins anew")
         except Exception as error:  # noqa: BLE001 - told to the next call, as if it had happened there
+            result = "failed"
             failure = error
             log.error("copy %s failed: %s", job.record.id, error)
         with self._guard:
             if failure is None:
                 self._jobs.pop(job.record.id, None)
-                self.finished += 1
-            else:
-                self.failed += 1
-            self.copied_bytes += job.transfer.done_bytes
-        job.end(failure)
+            self._ended[job.kind, result] += 1
+            self._copied_bytes += job.transfer.done_bytes
+            job.end(failure)
+
+
+def kind_of(record: Record | SnapshotRecord) -> str:
+    """What a copy with this record is called."""
+    if isinstance(record, SnapshotRecord):
+        return "snapshot"
+    return "clone" if record.source_kind is SourceKind.VOLUME else "restore"

@@ -7,6 +7,7 @@ It shares nothing with calls but the pools themselves; a failure is logged and t
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from csi_driver.errors import Error
@@ -25,6 +26,8 @@ class Maintenance:
     def __init__(self, pools: Pools, refresh_s: float = REFRESH_S) -> None:
         self._pools = pools
         self._refresh_s = refresh_s
+        self.failures: Counter[str] = Counter()
+        """By the names of pools: how often something did not work."""
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
@@ -62,9 +65,13 @@ class Maintenance:
         try:
             work()
         except (OSError, Error) as error:
+            self.failures[pool.name] += 1
             log.error(
                 "pool %s: maintenance failed, it is tried again in %g s: %s",
                 pool.name,
                 self._refresh_s,
                 error,
             )
+        except Exception:  # the one thread of its kind: without it, nothing deleted would ever go
+            self.failures[pool.name] += 1
+            log.exception("pool %s: maintenance failed unexpectedly, it is tried again", pool.name)

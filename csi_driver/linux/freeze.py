@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from csi_driver.linux import online, syscall
+
+BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 _ANSWER_S: Final = 10.0
 _MOST_TOGETHER: Final = 16
@@ -37,6 +40,8 @@ class Freezer:
         self.longest_s = 0.0
         self.count = 0
         self.total_s = 0.0
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        """Freezes by how long they lasted, per bucket; the last one is beyond all bounds."""
         self._guard = threading.Lock()
         self._watchdog: _Watchdog | None = None
 
@@ -89,6 +94,7 @@ class Freezer:
         self.count += 1
         self.total_s += seconds
         self.longest_s = max(self.longest_s, seconds)
+        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
 
 
 class _Watchdog:

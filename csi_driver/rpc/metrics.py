@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from csi_driver import __version__
+from csi_driver.copies import Copier
 from csi_driver.errors import Error
-from csi_driver.linux import loop
+from csi_driver.linux import freeze, loop
+from csi_driver.maintenance import Maintenance
 from csi_driver.model import Record
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
@@ -30,11 +32,21 @@ MOST_SECONDS = 2.0
 class Metrics:
     """The metrics of one driver."""
 
-    def __init__(self, driver_name: str, node_id: str, pools: Pools, calls: Calls) -> None:
+    def __init__(
+        self,
+        driver_name: str,
+        node_id: str,
+        pools: Pools,
+        calls: Calls,
+        copier: Copier,
+        maintenance: Maintenance,
+    ) -> None:
         self._driver_name = driver_name
         self._node_id = node_id
         self._pools = pools
         self._calls = calls
+        self._copier = copier
+        self._maintenance = maintenance
         # Not the library's own: that one is the whole process's.
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -53,6 +65,7 @@ class Metrics:
         yield info
         yield from self._of_calls()
         yield from self._of_pools()
+        yield from self._of_copies()
         yield from self._of_volumes()
         yield from self._of_loops()
 
@@ -97,7 +110,40 @@ class Metrics:
                 volumes.add_metric([pool.name], len(pool.catalog.ids()))
             except (OSError, Error) as error:
                 log.warning("metrics of pool %s: %s", pool.name, error)
-        yield from (up, capacity, available, reserved, promised, volumes)
+        failures = CounterMetricFamily(
+            "orlop_maintenance_failures",
+            "How often removing what was deleted, or counting what is written, did not work",
+            labels=["pool"],
+        )
+        for pool in self._pools:
+            failures.add_metric([pool.name], self._maintenance.failures[pool.name])
+        yield from (up, capacity, available, reserved, promised, volumes, failures)
+
+    def _of_copies(self) -> Iterator[Metric]:
+        counts = self._copier.jobs.counts()
+        jobs = self._gauge("orlop_copy_jobs", "Copies in the background now", "kind", "state")
+        ended = CounterMetricFamily(
+            "orlop_copy_jobs_ended", "Copies in the background that have ended", labels=["kind", "result"]
+        )
+        for kind in ("snapshot", "restore", "clone"):
+            for state in ("running", "waiting"):
+                jobs.add_metric([kind, state], counts.copying[kind, state])
+            for result in ("done", "failed", "stopped"):
+                ended.add_metric([kind, result], counts.ended[kind, result])
+        copied = CounterMetricFamily(
+            "orlop_copied_bytes",
+            "Bytes that copies have moved; what is shared is not",
+            value=counts.copied_bytes,
+        )
+        freezer = self._copier.freezer
+        bounds = [*map(str, freeze.BUCKETS_S), "+Inf"]
+        frozen = HistogramMetricFamily(
+            "orlop_freeze_seconds",
+            "How long filesystems were held still for copies of one moment",
+            buckets=list(zip(bounds, accumulate(freezer.counts), strict=True)),
+            sum_value=freezer.total_s,
+        )
+        yield from (jobs, ended, copied, frozen)
 
     def _of_volumes(self) -> Iterator[Metric]:
         labels = ("volume", "pool", "pvc", "namespace")

@@ -216,6 +216,35 @@ def test_deleted_volume_is_gone_at_once_and_its_room_once_the_trash_is_emptied(r
     assert rig.pool.capacity().available_bytes == GIB
 
 
+def test_what_is_in_the_trash_makes_room_as_soon_as_it_is_needed(rig: Rig) -> None:
+    for number in range(3):
+        home = create(rig.pool, f"v{number}", 768 * MIB)
+        if number == 1:
+            rig.pool.grow(home, rig.pool.catalog.read(home), GIB)
+        rig.pool.delete(home)
+
+    assert len(entries(rig.pool, "trash")) == 1
+
+
+def test_what_retention_keeps_in_the_trash_makes_no_room(opened: OpenRig) -> None:
+    rig = opened(extra='reserved = "0%"\nretention = "1h"\n')
+    rig.pool.delete(create(rig.pool, "a", 768 * MIB))
+
+    with pytest.raises(ResourceExhausted):
+        create(rig.pool, "b", 768 * MIB)
+
+    assert len(entries(rig.pool, "trash")) == 1
+
+
+def test_a_trash_that_cannot_be_emptied_is_no_room(rig: Rig) -> None:
+    rig.pool.delete(create(rig.pool, "a", 768 * MIB))
+
+    with interposed(rig.pool, clear=BUSY), pytest.raises(ResourceExhausted):
+        create(rig.pool, "b", 768 * MIB)
+
+    create(rig.pool, "b", 768 * MIB)
+
+
 def test_name_is_free_again_while_its_old_volume_is_in_the_trash(rig: Rig) -> None:
     rig.pool.delete(create(rig.pool))
 

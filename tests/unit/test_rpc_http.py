@@ -40,7 +40,9 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def metrics_of(driver: Driver) -> Metrics:
-    return Metrics(driver.name, driver.info.node_id, driver.pools, driver.calls)
+    return Metrics(
+        driver.name, driver.info.node_id, driver.pools, driver.calls, driver.copier, driver.maintenance
+    )
 
 
 def value_of(page: str, series: str) -> float:
@@ -168,6 +170,37 @@ def test_metrics_count_calls_in_cumulated_buckets() -> None:
     assert value_of(page, f"csi_plugin_operations_seconds_count{labels}") == 2
     assert value_of(page, f"csi_plugin_operations_seconds_sum{labels}") == pytest.approx(700.2)
     assert value_of(page, 'orlop_calls_in_flight{method_name="/m"}') == 1
+
+
+def test_metrics_tell_copies_and_freezes() -> None:
+    with (
+        directory() as base,
+        driver_over(memory_pool(base / "pool", more="instant_copies = false")) as driver,
+        serving(driver.handlers, base) as client,
+    ):
+        made = client.call(
+            pb.CreateVolumeRequest(
+                name="one",
+                capacity_range=pb.CapacityRange(required_bytes=1 << 20),
+                volume_capabilities=[mount_capability()],
+            )
+        ).volume
+        (base / "pool" / "volumes" / made.volume_id / "data" / "file").write_bytes(b"x" * 5000)
+        client.call(pb.CreateSnapshotRequest(name="s", source_volume_id=made.volume_id))
+        driver.maintenance.failures["mem"] += 2
+        driver.copier.freezer.counts[1] += 1
+        driver.copier.freezer.total_s += 0.002
+        page = metrics_of(driver).page().decode()
+
+    assert value_of(page, 'orlop_copy_jobs{kind="snapshot",state="running"}') == 0
+    assert value_of(page, 'orlop_copy_jobs_ended_total{kind="snapshot",result="done"}') == 1
+    assert value_of(page, 'orlop_copy_jobs_ended_total{kind="clone",result="failed"}') == 0
+    assert value_of(page, "orlop_copied_bytes_total") == 5000
+    assert value_of(page, 'orlop_freeze_seconds_bucket{le="0.001"}') == 0
+    assert value_of(page, 'orlop_freeze_seconds_bucket{le="0.0025"}') == 1
+    assert value_of(page, "orlop_freeze_seconds_count") == 1
+    assert value_of(page, "orlop_freeze_seconds_sum") == 0.002
+    assert value_of(page, 'orlop_maintenance_failures_total{pool="mem"}') == 2
 
 
 def test_volumes_are_told_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
