@@ -14,6 +14,7 @@ import pytest
 from csi_driver.linux import copy, fiemap, files, holes, mount, treecopy
 from csi_driver.linux.copy import Stopped, Transfer
 from tests.kernel.conftest import MIB, MakePool
+from tests.trees import describe, differences
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 
@@ -28,36 +29,6 @@ def copied(source: Path, target: Path, transfer: Transfer | None = None, *, shar
     finally:
         for fd in (dst_fd, view, src_fd):
             os.close(fd)
-
-
-def described(root: Path) -> dict[bytes, tuple[object, ...]]:
-    """All that can be known of a tree, by the paths in it."""
-    found: dict[bytes, tuple[object, ...]] = {}
-    inodes: dict[int, bytes] = {}
-    top = os.fsencode(root)
-    for folder, folders, names in os.walk(top):
-        folders.sort()
-        for name in (b".", *sorted(folders + names)):
-            path = os.path.join(folder, name)
-            status = os.lstat(path)
-            place = os.path.relpath(path, top)
-            first = inodes.setdefault(status.st_ino, place) if not stat.S_ISDIR(status.st_mode) else place
-            attributes = {
-                key: os.getxattr(path, key, follow_symlinks=False)
-                for key in os.listxattr(path, follow_symlinks=False)
-            }
-            content: object = None
-            if stat.S_ISREG(status.st_mode):
-                with open(path, "rb") as file:
-                    content = file.read()
-            elif stat.S_ISLNK(status.st_mode):
-                content = os.readlink(path)
-            links = status.st_nlink if not stat.S_ISDIR(status.st_mode) else 0
-            found[place] = (
-                status.st_mode, status.st_uid, status.st_gid, status.st_rdev, links, first,
-                status.st_mtime_ns, tuple(sorted(attributes.items())), content,
-            )  # fmt: skip
-    return found
 
 
 def populate(root: Path) -> None:
@@ -116,10 +87,7 @@ def test_everything_is_kept(make_pool: MakePool, fs_type: str, share: bool) -> N
 
     copied(pool / "a", pool / "b", share=share)
 
-    before, after = described(pool / "a"), described(pool / "b")
-    assert after.keys() == before.keys()
-    for place in before:
-        assert after[place] == before[place], place
+    assert differences(describe(pool / "a"), describe(pool / "b")) == []
     assert os.stat(pool / "b" / "sparse").st_blocks * 512 < MIB
 
 
