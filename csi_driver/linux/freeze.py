@@ -15,7 +15,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -56,18 +56,16 @@ class Freezer:
                 filesystems were thawed under it.
         """
         with self._guard:
-            for one in _together(syscall.syncfs, fds):
-                one.result()
+            _raise_first(_together(syscall.syncfs, fds))
             dog = self._ready()
             dog.guard(fds, self.limit_s)
             began = time.monotonic()
             held: list[int] = []
             late = True
             try:
-                runs = _together(_freeze, fds)
-                held += [fd for fd, one in zip(fds, runs, strict=True) if one.exception() is None]
-                for one in runs:
-                    one.result()
+                failures = _together(_freeze, fds)
+                held += [fd for fd, failure in zip(fds, failures, strict=True) if failure is None]
+                _raise_first(failures)
                 yield began + self.limit_s
             finally:
                 late = not _thaw(held)
@@ -158,14 +156,24 @@ class _Watchdog:
             self._process.wait()
 
 
-def _together(action: Callable[[int], None], fds: Sequence[int]) -> list[Future[None]]:
-    """Do it to all at the same time; all have ended when this returns.
+def _together(action: Callable[[int], None], fds: Sequence[int]) -> list[BaseException | None]:
+    """Do it to all at the same time; what each failed with. All have ended when this returns.
 
     A freeze waits three times until every processor has passed through the kernel's scheduler, which is nearly all of
     its time: several may wait for that together.
     """
+    if len(fds) == 1:
+        action(fds[0])
+        return [None]
     with ThreadPoolExecutor(min(len(fds), _MOST_TOGETHER), thread_name_prefix="freeze") as threads:
-        return [threads.submit(action, fd) for fd in fds]
+        runs = [threads.submit(action, fd) for fd in fds]
+    return [run.exception() for run in runs]
+
+
+def _raise_first(failures: Sequence[BaseException | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def _freeze(fd: int) -> None:
