@@ -122,6 +122,11 @@ class Snapshots:
             return ([one] if one is not None and kept else []), ""
         return self._page(max_entries, starting_token, source_id)
 
+    def copying(self) -> list[tuple[str, int, int]]:
+        """The copies under way: what each makes (a snapshot or a volume), bytes copied, and to copy as far as known."""
+        running = [job for job in self._copier.jobs.all() if not job.is_waiting]
+        return [(job.record.id, job.transfer.done_bytes, job.transfer.total_bytes) for job in running]
+
     def _page(self, max_entries: int, after: str, source_id: str) -> tuple[list[Snapshot], str]:
         page: list[Snapshot] = []
         for snapshot_id in self._ids():

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client of a driver's socket, as the sidecars and kubelet are. What the answers mean is the commands' business."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
 import grpc
 
+from csi_driver.rpc.answers import COPYING
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
 
 TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 3.0
 PAGE = 500
+
+Progress = tuple[int, int]
+"""Bytes copied, and bytes to copy (0: not known)."""
 
 
 class CallFailed(Exception):
@@ -68,6 +72,29 @@ class Client:
             token = answer.next_token
             if not token:
                 return
+
+    def snapshots(self) -> tuple[list[pb.Snapshot], dict[str, Progress]]:
+        """All snapshots, and how far the copies are that are under way (those of volumes too), by what they make."""
+        found: list[pb.Snapshot] = []
+        token = ""
+        while True:
+            with refusals("ListSnapshots"):
+                answer, call = self.controller.ListSnapshots.with_call(
+                    pb.ListSnapshotsRequest(max_entries=PAGE, starting_token=token), timeout=TIMEOUT_S
+                )
+            found.extend(entry.snapshot for entry in answer.entries)
+            token = answer.next_token
+            if not token:
+                return found, _progress(call.trailing_metadata())
+
+
+def _progress(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, Progress]:
+    copying = {}
+    for key, value in metadata or ():
+        if key == COPYING and isinstance(value, str):
+            made_id, done, total = value.split(" ")
+            copying[made_id] = (int(done), int(total))
+    return copying
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from csi_driver import __version__
 from csi_driver.cli import terminal
 from csi_driver.cli.plan import FsType, PoolBackend
 
-RUN, LOOK, SETTINGS = "Run", "Try and look", "Settings"
+RUN, LOOK, COPY, SETTINGS = "Run", "Try and look", "Copy", "Settings"
 
 app = typer.Typer(
     name="orlop",
@@ -47,6 +47,14 @@ ConfigFile = Annotated[
     ),
 ]
 KubeletDir = Annotated[Path, typer.Option(metavar="DIR", help="Where kubelet keeps its files.")]
+Name = Annotated[str, typer.Argument(help="What the new volume is called; again, it is found.")]
+Size = Annotated[str, typer.Option(metavar="SIZE", help="Like 20Gi; as its source if not given.")]
+PoolName = Annotated[str, typer.Option(metavar="POOL", help="Another pool of the node than its source's.")]
+Block = Annotated[bool, typer.Option("--block", help="The source is a raw block volume.")]
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="A parameter as in a StorageClass; may be repeated."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -134,6 +142,91 @@ def volumes(endpoint: Endpoint = None, config: ConfigFile = None, as_json: AsJso
     from csi_driver.cli.volumes import volumes as run
 
     raise typer.Exit(run(endpoint, config, as_json=as_json))
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: [bold]orlop snapshots --json | jq .snapshots[].id[/]")
+def snapshots(endpoint: Endpoint = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """List the snapshots: of what, from when, and how far copies are.
+
+    The driver is asked; whose the volumes are comes from the records in
+    its pools.
+    """
+    from csi_driver.cli.snapshots import snapshots as run
+
+    raise typer.Exit(run(endpoint, config, as_json=as_json))
+
+
+@app.command(rich_help_panel=COPY, epilog="Example: [bold]orlop snapshot shop/database before-upgrade[/]")
+def snapshot(
+    volume: Annotated[str, typer.Argument(help="Its id, its claim (namespace/name) or its name.")],
+    name: Annotated[str, typer.Argument(help="What to call it (its volume and the time).")] = "",
+    endpoint: Endpoint = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a snapshot of a volume, and wait until it is ready.
+
+    Kubernetes knows nothing of it: for a VolumeSnapshot, write one.
+    The same name again finds the same snapshot.
+    """
+    from csi_driver.cli.copies import Place
+    from csi_driver.cli.copies import snapshot as run
+
+    raise typer.Exit(run(Place(endpoint, config, as_json), volume, name))
+
+
+@app.command(rich_help_panel=COPY, epilog="Example: [bold]orlop restore SNAPSHOT yesterday[/]")
+def restore(
+    snapshot: Annotated[str, typer.Argument(help="Its id: `orlop snapshots` tells it.")],
+    name: Name,
+    size: Size = "",
+    pool: PoolName = "",
+    block: Block = False,
+    parameter: Parameter = None,
+    endpoint: Endpoint = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a volume of a snapshot, and wait until it is there.
+
+    Kubernetes knows nothing of it until a PersistentVolume names its id.
+    """
+    from csi_driver.cli.copies import Place, Wanted
+    from csi_driver.cli.copies import restore as run
+
+    wanted = Wanted(name, size, pool, block, _parameters(parameter))
+    raise typer.Exit(run(Place(endpoint, config, as_json), snapshot, wanted))
+
+
+@app.command(rich_help_panel=COPY, epilog="Example: [bold]orlop clone shop/database try-it --size 20Gi[/]")
+def clone(
+    volume: Annotated[str, typer.Argument(help="Its id, its claim (namespace/name) or its name.")],
+    name: Name,
+    size: Size = "",
+    pool: PoolName = "",
+    block: Block = False,
+    parameter: Parameter = None,
+    endpoint: Endpoint = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a volume like another one, and wait until it is there.
+
+    Kubernetes knows nothing of it until a PersistentVolume names its id.
+    """
+    from csi_driver.cli.copies import Place, Wanted
+    from csi_driver.cli.copies import clone as run
+
+    wanted = Wanted(name, size, pool, block, _parameters(parameter))
+    raise typer.Exit(run(Place(endpoint, config, as_json), volume, wanted))
+
+
+def _parameters(given: list[str] | None) -> dict[str, str]:
+    wrong = next((one for one in given or () if "=" not in one), None)
+    if wrong is not None:
+        terminal.complain(f"--parameter {wrong!r}: write KEY=VALUE, like mode=0770")
+        raise typer.Exit(1)
+    return dict(one.split("=", 1) for one in given or ())
 
 
 @config_app.command(epilog="Example: [bold]orlop config check orlop.toml[/]")

@@ -2,6 +2,8 @@
 """Where commands write: results to stdout, for people or as JSON; what went wrong to stderr."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -20,6 +22,13 @@ def console() -> Console:
 def print_table(table: Table) -> None:
     """Within the terminal's width; into a file or a pipe, as wide as it needs to be."""
     Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Something that takes its time, told on stderr while it does; only to people who watch."""
+    with Console(stderr=True, highlight=False).status(escape(text)) as shown:
+        yield lambda now: shown.update(escape(now))
 
 
 def complain(message: str) -> None:

@@ -161,6 +161,7 @@ class ControllerService(ControllerServicer):
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> pb.ListSnapshotsResponse:
         found, token = self._snapshots.listed(*convert.snapshot_page(request))
+        context.set_trailing_metadata(answers.copying(self._snapshots.copying()))
         entries = [pb.ListSnapshotsResponse.Entry(snapshot=answers.snapshot(one)) for one in found]
         return pb.ListSnapshotsResponse(entries=entries, next_token=token)
 

@@ -46,7 +46,18 @@ def test_help_names_every_command() -> None:
     done = orlop("--help")
 
     assert done.exit_code == 0
-    for command in ("serve", "demo", "doctor", "volumes", "config", "version"):
+    for command in (
+        "serve",
+        "demo",
+        "doctor",
+        "volumes",
+        "snapshots",
+        "snapshot",
+        "restore",
+        "clone",
+        "config",
+        "version",
+    ):
         assert f" {command} " in done.stdout
 
 
@@ -54,7 +65,10 @@ def test_without_a_command_help_is_shown() -> None:
     assert "Usage: orlop" in process().stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "volumes", "version", "config check"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "doctor", "volumes", "snapshots", "snapshot", "restore", "clone", "version", "config check"],
+)
 def test_every_command_offers_json_and_explains_itself(command: str) -> None:
     done = orlop(*command.split(), "--help")
 
