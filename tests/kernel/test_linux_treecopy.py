@@ -17,6 +17,7 @@ from tests.kernel.conftest import MIB, MakePool
 from tests.trees import describe, differences
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
+ACCESSED_NS = 10**18 + 1
 
 
 def copied(source: Path, target: Path, transfer: Transfer | None = None, *, share: bool = True) -> None:
@@ -76,7 +77,7 @@ def populate(root: Path) -> None:
     )
     os.lchown(root / "sub" / "link", 5, 6)
     for path in (root / "file", root / "sub" / "deep", root / "sub", root):
-        os.utime(path, ns=(10**18 + 1, 10**18 + 123_456_789))
+        os.utime(path, ns=(ACCESSED_NS, 10**18 + 123_456_789))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -87,8 +88,33 @@ def test_everything_is_kept(make_pool: MakePool, fs_type: str, share: bool) -> N
 
     copied(pool / "a", pool / "b", share=share)
 
+    # Before anything is read, which would change it.
+    assert os.stat(pool / "b" / "file").st_atime_ns == os.stat(pool / "b").st_atime_ns == ACCESSED_NS
     assert differences(describe(pool / "a"), describe(pool / "b")) == []
     assert os.stat(pool / "b" / "sparse").st_blocks * 512 < MIB
+
+
+@pytest.mark.parametrize("fs_type", FILESYSTEMS)
+def test_what_nobody_may_change_is_copied_without_its_flags(make_pool: MakePool, fs_type: str) -> None:
+    """A copy with them could be neither written to nor removed."""
+    pool = make_pool(fs_type)
+    (pool / "a" / "sub").mkdir(parents=True)
+    flagged = {"fixed": "+i", "log": "+a", "sub": "+i"}
+    for name in ("fixed", "log"):
+        (pool / "a" / name).write_text(name)
+    (pool / "a" / "sub" / "file").write_text("x")
+    for name, flags in flagged.items():
+        subprocess.run(["chattr", flags, pool / "a" / name], check=True)
+    try:
+        copied(pool / "a", pool / "b")
+
+        assert differences(describe(pool / "a"), describe(pool / "b")) == []
+        for name in ("fixed", "log"):
+            (pool / "b" / name).write_text("changed")
+        (pool / "b" / "sub" / "file").unlink()
+    finally:
+        for name in flagged:
+            subprocess.run(["chattr", "-ia", pool / "a" / name], check=True)
 
 
 def test_a_tree_deeper_than_any_path(ext4_pool: Path) -> None:
