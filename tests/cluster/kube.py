@@ -90,7 +90,7 @@ class Namespace:
 
     def clear(self) -> None:
         """Delete all that uses volumes, and wait for it; quicker than to wait for the namespace itself to go."""
-        kinds = "deployments,statefulsets,daemonsets,jobs,pods,persistentvolumeclaims"
+        kinds = "deployments,statefulsets,daemonsets,jobs,pods,volumesnapshots,persistentvolumeclaims"
         self.kubectl("delete", kinds, "--all", "--grace-period=1", "--wait", "--timeout=90s")
 
     def shell(self, pod: str, script: str, container: str | None = None) -> str:
@@ -114,6 +114,12 @@ class Namespace:
             return bool(self.get(kind, name)["status"].get("phase") == phase)
 
         wait_until(is_so, f"{kind} {name} to be {phase}", timeout_s, self.story)
+
+    def wait_until_snapshot_is_ready(self, name: str, timeout_s: float = 60) -> None:
+        def is_so() -> bool:
+            return bool(self.get("volumesnapshot", name).get("status", {}).get("readyToUse"))
+
+        wait_until(is_so, f"snapshot {name} to be ready", timeout_s, self.story)
 
     def wait_for_event(self, name: str, words: str, timeout_s: float = 60) -> str:
         """The message of an event about the object `name` that contains `words`."""
@@ -152,7 +158,7 @@ class Namespace:
 
     def story(self) -> str:
         """What a user would look at when something does not come about."""
-        objects = self.kubectl("get", "pods,persistentvolumeclaims", "--output=wide")
+        objects = self.kubectl("get", "pods,persistentvolumeclaims,volumesnapshots", "--output=wide")
         return objects + self.kubectl("get", "events", "--sort-by=.lastTimestamp")
 
     def _is_ready(self, pod: str) -> bool:
@@ -187,6 +193,20 @@ def pod(
     volumes = [{"name": one, "persistentVolumeClaim": {"claimName": one}} for one in mounts.values()]
     wanted = {"terminationGracePeriodSeconds": 1, "containers": [container], "volumes": volumes}
     return _object("v1", "Pod", name, spec=wanted | spec)
+
+
+def snapshot(name: str, of: str) -> Manifest:
+    wanted = {"volumeSnapshotClassName": "orlop", "source": {"persistentVolumeClaimName": of}}
+    return _object("snapshot.storage.k8s.io/v1", "VolumeSnapshot", name, spec=wanted)
+
+
+def from_snapshot(name: str) -> Manifest:
+    """A claim's `dataSource`."""
+    return {"apiGroup": "snapshot.storage.k8s.io", "kind": "VolumeSnapshot", "name": name}
+
+
+def from_claim(name: str) -> Manifest:
+    return {"kind": "PersistentVolumeClaim", "name": name}
 
 
 def storage_class(

@@ -17,7 +17,11 @@ def validate(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "directory", ["kustomize/base", "kustomize/overlays/k0s", "kustomize/overlays/microk8s", "minikube"]
+    "directory",
+    [
+        *("kustomize/base", "kustomize/overlays/k0s", "kustomize/overlays/microk8s"),
+        *("kustomize/overlays/snapshots", "minikube"),
+    ],
 )
 def test_kustomize_directories_are_valid(cluster: None, directory: str) -> None:
     validate(run("kubectl", "kustomize", DEPLOY / directory))

@@ -6,7 +6,7 @@ from tests.cluster.harness.layout import Node
 
 # One shell for all questions: entering a node costs more than asking.
 _LOOK = r"""
-for home in /var/lib/orlop/*/volumes/* /var/lib/orlop/*/staging/* /var/lib/orlop/*/trash/*; do
+for home in /var/lib/orlop/*/volumes/* /var/lib/orlop/*/snapshots/* /var/lib/orlop/*/staging/* /var/lib/orlop/*/trash/*; do
     [ -e "$home" ] && echo "home $home"
 done
 grep -ho '[^ ]*/kubernetes.io[^ ]*csi[^ ]*' /proc/self/mountinfo | sed 's/^/mount /'

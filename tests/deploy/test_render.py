@@ -18,6 +18,7 @@ pytestmark = pytest.mark.cluster  # helm and kubectl are among the cluster's pro
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CHART = DEPLOY / "helm/orlop"
+SNAPSHOT_CONTROLLER = DEPLOY / "snapshot-controller.yaml"
 K0S = "/var/lib/k0s/kubelet"
 MICROK8S = "/var/snap/microk8s/common/var/lib/kubelet"
 ALL_SIDECARS = ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")
@@ -76,6 +77,7 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
     ("directory", "values"),
     [
         ("kustomize/base", ()),
+        ("kustomize/overlays/snapshots", ("snapshots.enabled=true",)),
         ("kustomize/overlays/k0s", (f"kubeletDir={K0S}",)),
         ("kustomize/overlays/microk8s", (f"kubeletDir={MICROK8S}",)),
         (
@@ -145,6 +147,8 @@ def test_sidecars_have_the_versions_that_the_cluster_tests_run() -> None:
     for name, module in modules.items():
         version = programs.module_version("kubernetes", f"{programs.CSI}/{module}")
         assert found[name]["image"] == f"registry.k8s.io/sig-storage/{name}:{version}"
+    version = programs.module_version("kubernetes", f"{programs.CSI}/{modules['csi-snapshotter']}")
+    assert f"snapshot-controller:{version}\n" in SNAPSHOT_CONTROLLER.read_text()
 
 
 def test_no_object_grants_a_wildcard_or_secrets() -> None:
@@ -178,6 +182,7 @@ def test_every_right_says_who_needs_it() -> None:
         ("pools.fast.root=relative", "root"),
         ("registration=both", "registration"),
         ("storageClasses[0].volumeBindingMode=Later", "volumeBindingMode"),
+        ("snapshots.classes[0].deletionPolicy=Never", "deletionPolicy"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(value: str, complaint: str) -> None:

@@ -3,11 +3,12 @@
 
 from pathlib import Path
 
-from tests.cluster.harness import cluster, driver_image
+from tests.cluster.harness import cluster, driver_image, programs
 from tests.cluster.harness.processes import run
 
 VALUES = Path(__file__).resolve().parent.parent / "values.yaml"
 CHART = driver_image.REPOSITORY / "deploy/helm/orlop"
+SNAPSHOT_CONTROLLER = driver_image.REPOSITORY / "deploy/snapshot-controller.yaml"
 IMAGE = "localhost/orlop:test"
 NAMESPACE = "orlop"
 
@@ -18,11 +19,23 @@ def deploy() -> None:
     if run("kubectl", "get", "namespace", NAMESPACE, "--ignore-not-found") == "":
         run("kubectl", "create", "namespace", NAMESPACE)
         run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
+    install_snapshot_controller()
     install()
     # The image's name is the same each time: a new one is taken up by a new pod only.
     run("kubectl", "--namespace", NAMESPACE, "rollout", "restart", "daemonset/orlop-node")
     wait()
     print("the driver serves on every node", flush=True)
+
+
+def install_snapshot_controller() -> None:
+    """What VolumeSnapshots of any driver need: their definitions, and the controller."""
+    run("kubectl", "apply", "--server-side", "--filename", programs.snapshot_crds())
+    definitions = [
+        f"crd/{file.stem.partition('_')[2]}.{file.name.partition('_')[0]}"
+        for file in programs.snapshot_crds().iterdir()
+    ]
+    run("kubectl", "wait", "--for=condition=Established", "--timeout=30s", *definitions)
+    run("kubectl", "apply", "--filename", SNAPSHOT_CONTROLLER)
 
 
 def install(*values: str) -> None:
@@ -32,9 +45,10 @@ def install(*values: str) -> None:
 
 
 def wait() -> None:
-    for workload in ("daemonset/orlop-node", "deployment/orlop-resizer"):
+    workloads = [(NAMESPACE, "daemonset/orlop-node"), (NAMESPACE, "deployment/orlop-resizer")]
+    for namespace, workload in [*workloads, ("kube-system", "deployment/snapshot-controller")]:
         try:
-            run("kubectl", "--namespace", NAMESPACE, "rollout", "status", workload, "--timeout=60s")
+            run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=60s")
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{logs()}") from error
 
