@@ -14,7 +14,17 @@ from tests.cluster.kube import Manifest, Namespace, claim, pod
 ROOT = "/var/lib/orlop/fast/static"
 
 
-def static_volume(name: str, directory: str, size: str, storage_class: str = "", **labels: str) -> Manifest:
+MODES = ("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")
+
+
+def static_volume(
+    name: str,
+    directory: str,
+    size: str,
+    storage_class: str = "",
+    mode: str = "ReadWriteOnce",
+    **labels: str,
+) -> Manifest:
     expression = {"key": kube.NODE_KEY, "operator": "In", "values": ["node1"]}
     return {
         "apiVersion": "v1",
@@ -22,7 +32,7 @@ def static_volume(name: str, directory: str, size: str, storage_class: str = "",
         "metadata": {"name": name, "labels": labels},
         "spec": {
             "capacity": {"storage": size},
-            "accessModes": ["ReadWriteOnce"],
+            "accessModes": [mode],
             "persistentVolumeReclaimPolicy": "Retain",
             "storageClassName": storage_class,
             "csi": {
@@ -96,6 +106,47 @@ def test_labels_and_class_choose_the_volume(namespace: Namespace) -> None:
     for name, volume in (("labelled", "pv-new"), ("classed", "pv-archive")):
         namespace.wait_until_phase("persistentvolumeclaim", name, "Bound")
         assert namespace.volume_of(name)["metadata"]["name"] == volume
+
+
+def bind_each_mode(namespace: Namespace) -> None:
+    """A volume of each access mode, and a claim for each, called like its mode."""
+    # The one for a single pod has a directory of its own: the driver asks the kernel who uses it, whatever the volume.
+    directories = {one: "small" if one == "ReadWriteOncePod" else "reports" for one in MODES}
+    namespace.apply(*(static_volume(f"pv-{one.lower()}", directories[one], "5Gi", mode=one) for one in MODES))
+    namespace.apply(
+        *(claim(one.lower(), "5Gi", storage_class="", accessModes=[one]) for one in reversed(MODES))
+    )
+    for mode in MODES:
+        namespace.wait_until_phase("persistentvolumeclaim", mode.lower(), "Bound")
+
+
+def test_a_claim_takes_only_a_volume_of_its_access_mode(namespace: Namespace) -> None:
+    bind_each_mode(namespace)
+
+    for mode in MODES:
+        assert namespace.volume_of(mode.lower())["metadata"]["name"] == f"pv-{mode.lower()}"
+    namespace.apply(static_volume("pv-spare", "large", "5Gi", mode="ReadOnlyMany"))
+    namespace.apply(claim("writers", "5Gi", storage_class="", accessModes=["ReadWriteMany"]))
+    namespace.wait_for_event("writers", "no persistent volumes available for this claim")
+    assert namespace.get("persistentvolumeclaim", "writers")["status"]["phase"] == "Pending"
+
+
+def test_each_access_mode_lets_in_whom_it_says(namespace: Namespace) -> None:
+    bind_each_mode(namespace)
+
+    for mode in ("readwriteonce", "readwritemany", "readonlymany"):
+        for name in (f"{mode}-1", f"{mode}-2"):
+            namespace.apply(pod(name, {"/data": mode}))
+            namespace.wait_until_running(name)
+            assert namespace.shell(name, "head -1 /data/file") == "reports of 1999"
+            if mode == "readonlymany":
+                assert "Read-only file system" in namespace.refusal(name, "echo more >> /data/file")
+            else:
+                namespace.shell(name, "echo more >> /data/file")
+    namespace.apply(pod("only", {"/data": "readwriteoncepod"}))
+    namespace.wait_until_running("only")
+    namespace.apply(pod("second", {"/data": "readwriteoncepod"}))
+    assert "already in-use by another pod" in namespace.wait_for_event("second", "ReadWriteOncePod")
 
 
 def test_a_path_outside_of_the_allowed_roots_is_refused(namespace: Namespace) -> None:
