@@ -21,11 +21,6 @@ RUN /opt/orlop/bin/pip install --no-cache-dir --no-deps . \
  && /opt/orlop/bin/pip uninstall --yes pip setuptools
 
 FROM debian:bookworm-slim
-ARG VERSION=dev
-LABEL org.opencontainers.image.title="Orlop" \
-      org.opencontainers.image.description="A Kubernetes CSI driver for the storage a cluster already has" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}"
 # mkfs, resize and check programs of the filesystems a volume may have; nothing to fetch or to build with.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux \
@@ -37,3 +32,9 @@ HEALTHCHECK --interval=30s --timeout=3s --start-period=5s \
     CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9808/healthz', timeout=2)"]
 ENTRYPOINT ["orlop"]
 CMD ["serve"]
+# Last, so that another version keeps the layers above.
+ARG VERSION=dev
+LABEL org.opencontainers.image.title="Orlop" \
+      org.opencontainers.image.description="A Kubernetes CSI driver for the storage a cluster already has" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"

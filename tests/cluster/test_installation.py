@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """An administrator upgrades the driver, takes it out, puts it back, and asks it how each node is."""
 
+import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
+import csi_driver
 from tests.cluster import kube, traces
-from tests.cluster.harness import deploy, layout, node
+from tests.cluster.harness import cluster, deploy, driver_image, layout, node
 from tests.cluster.harness.processes import run
 from tests.cluster.kube import Namespace, claim, pod
 
 MINIKUBE = deploy.CHART.parents[1] / "minikube"
+NODES = (layout.Node(1), layout.Node(2))
 WRITING = "while :; do date +%s >> /data/log || exit 1; sync; sleep 0.1; done"
 
 
@@ -23,20 +27,51 @@ def installed(namespace: Namespace) -> Iterator[None]:
 
 
 def test_an_upgrade_is_not_noticed_by_a_pod_that_writes(namespace: Namespace) -> None:
-    namespace.apply(claim("data"), pod("writer", {"/data": "data"}, command=WRITING))
-    namespace.wait_until_running("writer")
+    """Another image of another version, rolled over both nodes while a pod on each writes into each kind of pool."""
+    kube.apply(kube.storage_class("csi-bulk", {"pool": "shared"}))
+    writers = {f"{pool}-{one.name}": (pool, one.name) for pool in ("disk", "bulk") for one in NODES}
+    for writer, (pool, home) in writers.items():
+        namespace.apply(
+            claim(writer, "256Mi", f"csi-{pool}"),
+            pod(writer, {"/data": writer}, WRITING, nodeSelector={"kubernetes.io/hostname": home}),
+        )
+    for writer in writers:
+        namespace.wait_until_running(writer)
+    before = versions()
 
-    name_image(deploy.IMAGE.replace(":test", ":next"))
+    cluster.load([driver_image.build_version(deploy.IMAGE.replace(":test", ":next"), "9.9.9")])
     deploy.install("image.tag=next", "node.updateStrategy.rollingUpdate.maxUnavailable=1")
     deploy.wait()
 
-    lines = int(namespace.shell("writer", "wc -l < /data/log"))
-    kube.wait_until(
-        lambda: int(namespace.shell("writer", "wc -l < /data/log")) > lines, "the pod to write on"
-    )
-    assert namespace.get("pod", "writer")["status"]["containerStatuses"][0]["restartCount"] == 0
+    assert before == {one.name: csi_driver.__version__ for one in NODES}
+    assert versions() == {one.name: "9.9.9" for one in NODES}
+    for writer in writers:
+        writes_on(namespace, writer)
     namespace.apply(claim("later"), pod("later", {"/data": "later"}))
     namespace.wait_until_running("later")
+
+
+def writes_on(namespace: Namespace, writer: str) -> None:
+    """The pod still writes, was never restarted, and at no time stood still for long."""
+    lines = int(namespace.shell(writer, "wc -l < /data/log"))
+    kube.wait_until(lambda: int(namespace.shell(writer, "wc -l < /data/log")) > lines, "the pod to write on")
+    assert namespace.get("pod", writer)["status"]["containerStatuses"][0]["restartCount"] == 0
+    seconds = [int(line) for line in namespace.shell(writer, "cat /data/log").split()]
+    assert max(after - earlier for earlier, after in pairwise(seconds)) <= 20
+
+
+def versions() -> dict[str, str]:
+    """What `orlop version` says in the driver's pod of each node."""
+    choice = ["--selector=app.kubernetes.io/component=node", "--field-selector=status.phase=Running"]
+    listed = json.loads(kube.kubectl("--namespace=orlop", "get", "pods", *choice, "--output=json"))["items"]
+    ask = ["--container=driver", "--", "orlop", "version", "--json"]
+    return {
+        one["spec"]["nodeName"]: json.loads(
+            kube.kubectl("--namespace=orlop", "exec", one["metadata"]["name"], *ask)
+        )["version"]
+        for one in listed
+        if "deletionTimestamp" not in one["metadata"]
+    }
 
 
 def name_image(name: str) -> None:

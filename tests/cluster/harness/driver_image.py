@@ -9,7 +9,9 @@ that the build reaches what this machine reaches, and nothing else that debian:b
 import configparser
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from tests.cluster.harness import programs
@@ -24,7 +26,25 @@ PIP_CONFIGURATIONS = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf
 STORAGE = programs.cache_directory() / "buildah"
 
 
-def build(name: str) -> Path:
+def build_version(name: str, version: str) -> Path:
+    """Build the image `name` from this tree, but as if it were of another version."""
+    with tempfile.TemporaryDirectory(prefix="orlop-source.") as directory:
+        source = Path(directory)
+        for file in ("Dockerfile", ".dockerignore", "pyproject.toml", "LICENSE", "README.md"):
+            shutil.copy(REPOSITORY / file, source)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / "csi_driver", source / "csi_driver", ignore=ignored)
+        module = source / "csi_driver/__init__.py"
+        text, found = re.subn(
+            r'^__version__ = ".*"$', f'__version__ = "{version}"', module.read_text(), flags=re.M
+        )
+        if found != 1:
+            raise LookupError(f"{module} has {found} lines with __version__")
+        module.write_text(text)
+        return build(name, source, version)
+
+
+def build(name: str, source: Path = REPOSITORY, version: str = "dev") -> Path:
     """Build the image `name` and return its archive for `ctr images import`."""
     STORAGE.mkdir(parents=True, exist_ok=True)
     base = _base_image_name()
@@ -32,8 +52,9 @@ def build(name: str) -> Path:
         _make_base(base)
     print(f"building {name}", flush=True)
     options = ["--layers", "--network", "host", "--pull-never", "--tag", name]
-    _buildah("bud", *options, os.fspath(REPOSITORY), log="build-image.log")
-    archive = programs.cache_directory() / "images" / "driver.tar"
+    options += ["--build-arg", f"VERSION={version}"]
+    _buildah("bud", *options, os.fspath(source), log="build-image.log")
+    archive = programs.cache_directory() / "images" / f"driver-{name.rpartition(':')[2]}.tar"
     archive.parent.mkdir(exist_ok=True)
     archive.unlink(missing_ok=True)
     _buildah("push", "--quiet", name, f"docker-archive:{archive}:{name}")
