@@ -100,6 +100,29 @@ def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(name
     assert int(namespace.shell("reader", "wc -l < /data/log")) > lines
 
 
+def test_another_zone_is_taken_as_soon_as_the_nodes_labels_are_gone(installed: None) -> None:
+    try:
+        deploy.install("zone=zone-b")
+        kube.wait_until(lambda: "topology value collision" in deploy.logs(), "kubelet to refuse the driver")
+        remove_zones()
+        deploy.wait()
+        assert zones() == {"zone-b"}
+    finally:
+        deploy.install()
+        remove_zones()
+        deploy.wait()
+    assert zones() == {"zone-a"}
+
+
+def remove_zones() -> None:
+    kube.kubectl("label", "nodes", "--all", "topology.kubernetes.io/zone-")
+
+
+def zones() -> set[str]:
+    path = "--output=jsonpath={.items[*].metadata.labels.topology\\.kubernetes\\.io/zone}"
+    return set(kube.kubectl("get", "nodes", path).split())
+
+
 def test_helm_test_asks_every_nodes_doctor(installed: None) -> None:
     deploy.install()
     deploy.wait()
