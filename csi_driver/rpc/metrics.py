@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from csi_driver import __version__
 from csi_driver.copies import Copier
 from csi_driver.errors import Error
+from csi_driver.health import Health
 from csi_driver.linux import freeze, loop
 from csi_driver.maintenance import Maintenance
 from csi_driver.model import Record
@@ -45,6 +46,7 @@ class Metrics:
         self._node_id = node_id
         self._pools = pools
         self._calls = calls
+        self._health = Health(pools)
         self._copier = copier
         self._maintenance = maintenance
         # Not the library's own: that one is the whole process's.
@@ -149,6 +151,13 @@ class Metrics:
         labels = ("volume", "pool", "pvc", "namespace")
         capacity = self._gauge("orlop_volume_capacity_bytes", "The volume's size", *labels)
         used = self._gauge("orlop_volume_used_bytes", "What the volume has taken of its pool", *labels)
+        sick = self._gauge(
+            "orlop_volume_condition",
+            "1 for each thing that is wrong with a volume",
+            *labels,
+            "status",
+            "reason",
+        )
         left_out = GaugeMetricFamily(
             "orlop_volumes_left_out",
             f"Volumes that this scrape leaves out: it tells of {MOST_VOLUMES}, and of what {MOST_SECONDS:g} s allow",
@@ -161,13 +170,16 @@ class Metrics:
                 continue
             told += 1
             found = _volume(pool, volume_id)
+            values = [volume_id, pool.name, "", ""]
             if found is not None:
                 record, size, written = found
-                values = [volume_id, pool.name, record.pvc_name, record.pvc_namespace]
+                values[2:] = [record.pvc_name, record.pvc_namespace]
                 capacity.add_metric(values, size)
                 used.add_metric(values, written)
+            for entry in self._health.of_volume(pool, pool.catalog.home(volume_id)):
+                sick.add_metric([*values, entry.status, entry.reason], 1)
         left_out.add_metric([], missed)
-        yield from (capacity, used, left_out)
+        yield from (capacity, used, sick, left_out)
 
     def _of_loops(self) -> Iterator[Metric]:
         try:

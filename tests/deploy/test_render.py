@@ -21,6 +21,7 @@ CHART = DEPLOY / "helm/orlop"
 SNAPSHOT_CONTROLLER = DEPLOY / "snapshot-controller.yaml"
 K0S = "/var/lib/k0s/kubelet"
 MICROK8S = "/var/snap/microk8s/common/var/lib/kubelet"
+MONITORING = ("monitoring.podMonitor=true", "monitoring.rules=true", "monitoring.labels.release=prometheus")
 ALL_SIDECARS = ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")
 
 Objects = dict[tuple[str, str], dict[str, Any]]
@@ -149,6 +150,23 @@ def test_sidecars_have_the_versions_that_the_cluster_tests_run() -> None:
         assert found[name]["image"] == f"registry.k8s.io/sig-storage/{name}:{version}"
     version = programs.module_version("kubernetes", f"{programs.CSI}/{modules['csi-snapshotter']}")
     assert f"snapshot-controller:{version}\n" in SNAPSHOT_CONTROLLER.read_text()
+
+
+def test_monitoring_is_a_switch_and_is_found_by_its_labels() -> None:
+    kinds = {"PodMonitor", "PrometheusRule"}
+    assert not {kind for kind, _ in chart()} & kinds
+
+    found = {kind: document for (kind, _), document in chart(*MONITORING).items() if kind in kinds}
+
+    assert found.keys() == kinds
+    for document in found.values():
+        assert document["metadata"]["labels"]["release"] == "prometheus"
+    (endpoint,) = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {one["name"] for one in containers(chart())["driver"]["ports"]}
+    (group,) = found["PrometheusRule"]["spec"]["groups"]
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in {"warning", "critical"}, rule["alert"]
+        assert rule["annotations"].keys() == {"summary", "description"}, rule["alert"]
 
 
 def test_no_object_grants_a_wildcard_or_secrets() -> None:

@@ -221,6 +221,26 @@ def test_volumes_are_told_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert value_of(page, "orlop_volumes_left_out") == 1
 
 
+def test_a_sick_volume_is_told_with_its_reason() -> None:
+    with directory() as base, driver_over(memory_pool(base / "pool")) as driver:
+        with serving(driver.handlers, base) as client:
+            for name in ("well", "sick"):
+                made = client.call(
+                    pb.CreateVolumeRequest(
+                        name=name,
+                        volume_capabilities=[mount_capability()],
+                        capacity_range=pb.CapacityRange(required_bytes=4096),
+                    )
+                )
+            (base / "pool/volumes" / made.volume.volume_id / "volume.json").unlink()
+            page = metrics_of(driver).page().decode()
+
+    told = re.findall(r"^orlop_volume_condition\{(.*)\} 1.0$", page, re.MULTILINE)
+    assert len(told) == 1
+    assert f'volume="{made.volume.volume_id}"' in told[0]
+    assert 'reason="RecordMissing",status="DATA_LOSS"' in told[0]
+
+
 def test_a_pool_that_went_away_is_told() -> None:
     with directory() as base, driver_over(memory_pool(base / "pool")) as driver:
         (base / "pool").rename(base / "away")
