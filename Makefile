@@ -50,8 +50,8 @@ test-soak: setup-test  ## many clients, and a driver killed every few seconds (r
 	$(PYTEST) -m soak $(ARGS)
 
 .PHONY: sanity
-sanity: setup-test  ## csi-sanity against a served driver (root, Go; BACKEND=image|directory|btrfs)
-	@$(BIN)/python -m tests.sanity.run --backend $(BACKEND)
+sanity: setup-test  ## csi-sanity against a served driver (root, Go; BACKEND=image|directory|btrfs, ARGS="--settings xfs")
+	@$(BIN)/python -m tests.sanity.run --backend $(BACKEND) $(ARGS)
 
 ##@ Measure
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +42,10 @@ class Settings:
     """The StorageClass's, as YAML."""
     left_out: str = ""
     """A pattern of specs that this machine cannot run; each is listed in skips.txt, with why."""
+    filesystem: str = ""
+    """What the pool lies on, if not what the backend usually does."""
+    expansion: str = "node"
+    """Who grows volumes."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,16 @@ WRONG_IN_THE_SUITE = "should succeed when creating a snapshot with accessibility
 BACKENDS = {
     # xfs as well: it grows mounted without that capability, so growth is proven on every machine.
     "image": Backend(
-        "ext4", (MOUNT, Settings("xfs", parameters="fsType: xfs\n"), Settings("block", "block"))
+        "ext4",
+        (
+            MOUNT,
+            Settings("xfs", parameters="fsType: xfs\n"),
+            Settings("block", "block"),
+            # Copies share blocks, and a cluster of one node lets its controller grow volumes: only the attach calls are left.
+            Settings(
+                "reflink-controller", parameters="fsType: xfs\n", filesystem="xfs", expansion="controller"
+            ),
+        ),
     ),
     # The pool's filesystem has no project quota here; sizes that are not enforced must be said to be.
     "directory": Backend("ext4", (MOUNT,), "enforce_capacity = false\n"),
@@ -77,11 +91,12 @@ class RunFailed(Exception):
     """The run could not be made, or found something wrong."""
 
 
-def write_config(place: Scratch, name: str) -> Path:
+def write_config(place: Scratch, name: str, settings: Settings) -> Path:
     path = place.root / "orlop.toml"
     path.write_text(
         'driver_name = "sanity.orlop.dev"\n'
-        'node_id = "sanity-node"\n\n'
+        'node_id = "sanity-node"\n'
+        f'expansion = "{settings.expansion}"\n\n'
         "[pools.sanity]\n"
         f'backend = "{name}"\n'
         f'root = "{place.pool}"\n'
@@ -183,10 +198,10 @@ def tracebacks(log: Path) -> list[str]:
 
 
 def run_settings(program: Path, backend: str, settings: Settings, keep: Path) -> Verdict:
-    with scratch(BACKENDS[backend].filesystem) as place:
+    with scratch(settings.filesystem or BACKENDS[backend].filesystem) as place:
         socket = place.root / "csi.sock"
         try:
-            with served(place, write_config(place, backend), socket):
+            with served(place, write_config(place, backend, settings), socket):
                 specs = parse_report(run_sanity(program, place, socket, settings))
                 left = leaks_after_settling(place)
             found = judge(f"{backend}/{settings.name}", specs, read_expected_skips(SKIPS))
@@ -249,13 +264,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run csi-sanity against a served driver.")
     parser.add_argument("--backend", choices=BACKENDS, default="image")
     parser.add_argument("--logs", type=Path, default=ROOT / ".cache" / "sanity", help="where logs are kept")
+    parser.add_argument("--settings", default="*", metavar="PATTERN", help="which settings of the backend")
     arguments = parser.parse_args()
     program = require_machine()
     logs: Path = arguments.logs / arguments.backend
     good = [
         run_and_tell(program, arguments.backend, settings, logs / settings.name)
         for settings in settings_here(arguments.backend)
+        if fnmatchcase(settings.name, arguments.settings)
     ]
+    if not good:
+        parser.error(
+            f"--settings {arguments.settings!r}: backend {arguments.backend} has none that are called so"
+        )
     return 0 if all(good) else 1
 
 

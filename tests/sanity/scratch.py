@@ -19,6 +19,7 @@ POOL_FILESYSTEM_BYTES = 200 << 30
 MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"],
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
 }
 
 
