@@ -394,3 +394,93 @@ def test_many_restores_of_one_snapshot_at_once(here: Scene) -> None:
 
     assert not [one for one in made if isinstance(one, Failure)]
     assert {(here.data(one.volume_id) / "file").read_text() for one in made} == {"shared"}
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "volume"])
+def test_the_source_of_a_copy_cannot_be_deleted_while_it_runs(kind: str) -> None:
+    with slow(bandwidth=8 * MIB, file_bytes=MIB) as (made, volume):
+        taken = made.snapshot("s", volume.volume_id)
+        content = os.urandom(32 * MIB)
+        area = "volumes" if kind == "volume" else "snapshots"
+        source_id = volume.volume_id if kind == "volume" else taken.snapshot_id
+        (made.data(source_id, area) / "file").write_bytes(content)
+        copy = made.clone if kind == "volume" else made.restore
+        request: Any = (
+            pb.DeleteVolumeRequest(volume_id=source_id)
+            if kind == "volume"
+            else pb.DeleteSnapshotRequest(snapshot_id=source_id)
+        )
+
+        assert copy("c", source_id, 64 * MIB).code is Code.ABORTED
+        refused = made.client.call(request)
+        until(lambda: not isinstance(copy("c", source_id, 64 * MIB), Failure))
+        deleted = made.client.call(request)
+
+        assert refused.code is Code.ABORTED
+        assert not isinstance(deleted, Failure)
+        copied = made.data(copy("c", source_id, 64 * MIB).volume_id)
+        assert (copied / "file").read_bytes() == content
+
+
+def test_at_most_so_many_copies_run_at_once() -> None:
+    with scene(f"instant_copies = false\ncopy_bandwidth = {16 * MIB}", head="copy_jobs = 2\n") as made:
+        volumes = [made.create(f"v{number}", 32 * MIB).volume_id for number in range(5)]
+        for volume_id in volumes:
+            (made.data(volume_id) / "file").write_bytes(os.urandom(16 * MIB))
+        most = 0
+        threads = [
+            threading.Thread(target=made.snapshot, args=(f"s{number}", volume_id))
+            for number, volume_id in enumerate(volumes)
+        ]
+        for thread in threads:
+            thread.start()
+        waited = False
+        while (
+            len(
+                [
+                    one
+                    for one in made.client.call(pb.ListSnapshotsRequest()).entries
+                    if one.snapshot.ready_to_use
+                ]
+            )
+            < 5
+        ):
+            counts = made.driver.copier.jobs.counts().copying
+            most = max(most, counts["snapshot", "running"])
+            waited = waited or counts["snapshot", "waiting"] > 0
+            time.sleep(0.02)
+        for thread in threads:
+            thread.join()
+
+        assert most == 2
+        assert waited
+        assert made.driver.copier.jobs.counts().ended == {("snapshot", "done"): 5}
+
+
+def test_the_copies_of_a_pool_share_its_bandwidth_and_others_do_not() -> None:
+    with directory() as base:
+        text = memory_pool(base / "slow", "slow", f"instant_copies = false\ncopy_bandwidth = {8 * MIB}")
+        text += memory_pool(base / "fast", "fast", "instant_copies = false")
+        with driver_over(text) as driver, serving(driver.handlers, base) as client:
+            made = Scene(client, base, driver)
+            ids = {}
+            for name in ("slow1", "slow2", "fast1"):
+                volume = made.create(name, 32 * MIB, parameters={"pool": name[:4]})
+                (made.data(volume.volume_id) / "file").write_bytes(os.urandom(16 * MIB))
+                ids[name] = volume.volume_id
+            ended: dict[str, float] = {}
+
+            def take(name: str) -> None:
+                until(lambda: made.snapshot(f"of-{name}", ids[name]).ready_to_use)
+                ended[name] = time.monotonic() - began
+
+            began = time.monotonic()
+            threads = [threading.Thread(target=take, args=(name,)) for name in ids]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    # 32 MiB at 8 MiB a second; the first piece need not wait.
+    assert 2.5 < max(ended["slow1"], ended["slow2"]) < 10
+    assert ended["fast1"] < 2
