@@ -10,6 +10,7 @@ import platform
 import shutil
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -31,44 +32,69 @@ _SIZES = {"1 GiB": (GIB, GIB // 4), "10 GiB, 5 of data": (10 * GIB, 5 * GIB), "2
 
 def measure_copies(report: Report, place: Scratch, *, rounds: int) -> None:
     """Two sections: the calls by size, and the freeze."""
-    pool = place.filesystem("xfs", "xfs", 128 * GIB)
+    pool = place.filesystem("xfs", "xfs", 256 * GIB)
     table = f'backend = "image"\nroot = "{pool}/pool"\nreserved = 0\n'
     watch = Stopwatch()
     with served(place.root / "driver", {"p": table}) as driver:
         client = Client(driver.socket)
-        for name, (size, data) in _SIZES.items():
-            _measure_size(watch, client, place, name, Kind("p", size), data, rounds)
+        origins = [
+            _Origin.make(client, place, name, Kind("p", size), data) for name, (size, data) in _SIZES.items()
+        ]
+        for number in range(-2, rounds):
+            into = watch if number >= 0 else Stopwatch()
+            for origin in origins:
+                origin.measure(into, client, number)
+        for origin in origins:
+            origin.clear(client)
         client.close()
     report.add(f"Copies of an image in use, xfs ({rounds} rounds)", _rows(watch), watch.summary())
     shutil.rmtree(pool / "pool")
     _measure_freeze(report, place, rounds * 2)
 
 
-def _measure_size(
-    watch: Stopwatch, client: Client, place: Scratch, name: str, kind: Kind, data: int, rounds: int
-) -> None:
-    origin = client.create(kind, f"origin {name}")
-    places = Places.make(place.root / "kubelet", f"p{kind.size_bytes}")
-    client.stage(kind, origin, places)
-    client.publish(kind, origin, places)
-    file = places.target / "data"
-    write(file, data)
-    for number in range(-2, rounds):
-        into = watch if number >= 0 else Stopwatch()
+@dataclass(frozen=True)
+class _Origin:
+    """A volume that a pod uses."""
+
+    name: str
+    kind: Kind
+    id: str
+    places: Places
+
+    @classmethod
+    def make(cls, client: Client, place: Scratch, name: str, kind: Kind, data: int) -> Self:
+        made = cls(
+            name,
+            kind,
+            client.create(kind, f"origin {name}"),
+            Places.make(place.root / "kubelet", str(kind.size_bytes)),
+        )
+        client.stage(kind, made.id, made.places)
+        client.publish(kind, made.id, made.places)
+        write(made.places.target / "data", data)
+        return made
+
+    def measure(self, into: Stopwatch, client: Client, number: int) -> None:
+        """A snapshot, a restore and a clone of it; and what was removed has gone."""
         into.time("Probe", client.probe)
-        snapshot = into.time(f"CreateSnapshot {name}", lambda n=number: _snapshot(client, origin, f"s{n}"))  # type: ignore[misc]
+        unique = f"{self.name} {number}"
+        snapshot = into.time(f"CreateSnapshot {self.name}", lambda: _snapshot(client, self.id, unique))
         source = pb.VolumeContentSource(snapshot=pb.VolumeContentSource.SnapshotSource(snapshot_id=snapshot))
-        restored = into.time(f"restore {name}", lambda n=number, s=source: _create(client, kind, f"r{n}", s))  # type: ignore[misc]
-        volume = pb.VolumeContentSource(volume=pb.VolumeContentSource.VolumeSource(volume_id=origin))
-        cloned = into.time(f"clone {name}", lambda n=number, s=volume: _create(client, kind, f"c{n}", s))  # type: ignore[misc]
+        restored = into.time(
+            f"restore {self.name}", lambda: _create(client, self.kind, f"r {unique}", source)
+        )
+        time.sleep(_PAUSE_S)
+        volume = pb.VolumeContentSource(volume=pb.VolumeContentSource.VolumeSource(volume_id=self.id))
+        cloned = into.time(f"clone {self.name}", lambda: _create(client, self.kind, f"c {unique}", volume))
         client.delete(restored)
         client.delete(cloned)
         client.controller.DeleteSnapshot(pb.DeleteSnapshotRequest(snapshot_id=snapshot))
-        time.sleep(0.1)
-    client.unpublish(origin, places)
-    client.unstage(origin, places)
-    client.delete(origin)
-    time.sleep(1)
+        time.sleep(3 * _PAUSE_S)
+
+    def clear(self, client: Client) -> None:
+        client.unpublish(self.id, self.places)
+        client.unstage(self.id, self.places)
+        client.delete(self.id)
 
 
 def _snapshot(client: Client, volume_id: str, name: str) -> str:

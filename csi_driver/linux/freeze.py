@@ -56,8 +56,9 @@ class Freezer:
                 filesystems were thawed under it.
         """
         with self._guard:
-            _raise_first(_together(syscall.syncfs, fds))
+            # First, so that a new one starts while all is written out.
             dog = self._ready()
+            _raise_first(_together(syscall.syncfs, fds))
             dog.guard(fds, self.limit_s)
             began = time.monotonic()
             held: list[int] = []
