@@ -459,7 +459,9 @@ def test_at_most_so_many_copies_run_at_once() -> None:
 
 def test_the_copies_of_a_pool_share_its_bandwidth_and_others_do_not() -> None:
     with directory() as base:
-        text = memory_pool(base / "slow", "slow", f"instant_copies = false\ncopy_bandwidth = {8 * MIB}")
+        # As many as there are: `copy_jobs` is the driver's, and a job of the fast pool must not wait for the slow ones.
+        text = "copy_jobs = 3\n"
+        text += memory_pool(base / "slow", "slow", f"instant_copies = false\ncopy_bandwidth = {8 * MIB}")
         text += memory_pool(base / "fast", "fast", "instant_copies = false")
         with driver_over(text) as driver, serving(driver.handlers, base) as client:
             made = Scene(client, base, driver)
