@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csi_driver import backends, modify
+from csi_driver import backends, backing, modify
 from csi_driver import config as configuration
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
@@ -203,6 +203,7 @@ def _drain(server: Server, driver: Driver, timeout_s: float) -> None:
 
 
 def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
+    mounted = backing.ensure(config)
     if config.mounted and not os.path.ismount(config.root):
         raise ConfigurationError(
             f"{config.where} root {str(config.root)!r}: nothing is mounted there, and `mounted = true` demands it: "
@@ -213,7 +214,7 @@ def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
     backend.check()
     catalog = Catalog.open(config.root, config.backend, exclusive=backend.features.export is None)
     undo.callback(catalog.close)
-    pool = Pool(config, catalog, backend)
+    pool = Pool(config, catalog, backend, mounted)
     pool.adopt()
     return pool
 

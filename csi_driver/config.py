@@ -16,6 +16,7 @@ import msgspec
 
 from csi_driver.errors import ConfigurationError, unknown_keys
 from csi_driver.model import POOL_NAME
+from csi_driver.values import Reserved, parse_duration, parse_reserved, parse_size
 
 S = TypeVar("S", bound=msgspec.Struct)
 V = TypeVar("V")
@@ -26,21 +27,23 @@ SHARED_BACKENDS = ("nfs",)
 DEFAULT_PATH = Path("/etc/orlop/config.toml")
 _DRIVER_NAME = re.compile(r"(?=.{1,63}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.IGNORECASE)
 _TAG = re.compile(r"[0-9a-f]{8}")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTPE]i?)?B?")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+FsType = Literal["xfs", "btrfs"]
+SMALLEST_BACKING = 320 << 20
+"""Bytes in which each of these filesystems can be made, and grown later."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reserved:
-    """The part of a pool's filesystem that volumes never get: bytes, or a share of its size."""
+class BackingConfig:
+    """`[pools.NAME.backing]`: where a managed pool's own filesystem lies. `size_bytes` is 0 for a device."""
 
-    bytes: int = 0
-    share: float = 0.0
-
-    def of(self, total_bytes: int) -> int:
-        """Bytes reserved in a filesystem of `total_bytes`."""
-        return self.bytes + int(total_bytes * self.share)
+    target: Path
+    is_device: bool
+    fs_type: FsType
+    size_bytes: int
+    preallocate: bool
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,12 @@ class PoolConfig:
     name: str
     backend: str
     root: Path
-    reserved: Reserved = Reserved(share=0.05)
+    reserved: Reserved = field(default_factory=lambda: Reserved(share=0.05))
     retention_s: float = 0.0
     classes: tuple[str, ...] = ()
     static_roots: tuple[Path, ...] = ()
     mounted: bool = False
+    backing: BackingConfig | None = None
     copy_bandwidth: int = 0
     """Bytes a second that background copies into the pool may move together; 0: no limit."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +103,16 @@ class _Pool(msgspec.Struct, forbid_unknown_fields=True):
     classes: list[str] = []
     static_roots: list[str] = []
     mounted: bool = False
+    backing: dict[str, Any] = {}
     copy_bandwidth: str | int = 0
+
+
+class _Backing(msgspec.Struct, forbid_unknown_fields=True):
+    file: str = ""
+    device: str = ""
+    size: str | int = 0
+    filesystem: Literal["", "xfs", "btrfs"] = ""
+    preallocate: bool = False
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -174,43 +187,6 @@ def read_options(pool: PoolConfig, kind: type[S]) -> S:
     return _convert(dict(pool.options), kind, pool.where, also_known=_Pool.__struct_fields__)
 
 
-def parse_size(value: str | int) -> int:
-    """Bytes from `1073741824`, "1Gi", "500MB"; ValueError says what is accepted."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{value!r} is not a size: write bytes, or a number with Ki Mi Gi Ti or K M G T")
-    number, unit = match.groups()
-    base = 1024 if (unit or "").endswith("i") else 1000
-    power = " KMGTPE".index(unit[0]) if unit else 0
-    unit_bytes = int(base**power)
-    whole, _, part = number.partition(".")
-    return int(whole) * unit_bytes + (int(float(f"0.{part}") * unit_bytes) if part else 0)
-
-
-def parse_duration(value: str | int) -> float:
-    """Seconds from `90`, "90s", "15m", "24h", "7d"; ValueError says what is accepted."""
-    match = _DURATION.fullmatch(str(value).strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a duration: write a number with s, m, h or d")
-    return float(match[1]) * _SECONDS[match[2] or "s"]
-
-
-def parse_reserved(value: str | int) -> Reserved:
-    """A share ("5%") or bytes ("10Gi"); ValueError says what is accepted."""
-    text = str(value).strip()
-    if not text.endswith("%"):
-        return Reserved(bytes=parse_size(value))
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise ValueError(f'{value!r} is not a share: write a percentage from "0%" to "99%"')
-    return Reserved(share=share)
-
-
 def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
     where = f"{name}: [pools.{pool}]"
     if not POOL_NAME.fullmatch(pool):
@@ -232,10 +208,59 @@ def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
         classes=tuple(parsed.classes),
         static_roots=tuple(_absolute(f"{where} static_roots", root) for root in parsed.static_roots),
         mounted=parsed.mounted,
+        backing=_backing(parsed, f"{name}: [pools.{pool}.backing]"),
         copy_bandwidth=_at(f"{where} copy_bandwidth", parse_size, parsed.copy_bandwidth),
         options={key: value for key, value in table.items() if key not in common},
         where=where,
     )
+
+
+def _backing(pool: _Pool, where: str) -> BackingConfig | None:
+    if not pool.backing:
+        return None
+    if pool.backend in SHARED_BACKENDS:
+        raise ConfigurationError(
+            f"{where}: a pool of backend {pool.backend!r} lies on its server: leave it out"
+        )
+    given = _convert(pool.backing, _Backing, where)
+    if bool(given.file) == bool(given.device):
+        raise ConfigurationError(f"{where}: name either a file or a device, where the pool's filesystem lies")
+    fs_type: FsType = given.filesystem or ("btrfs" if pool.backend == "btrfs" else "xfs")
+    if pool.backend == "btrfs" and fs_type != "btrfs":
+        raise ConfigurationError(f'{where} filesystem {fs_type!r}: a pool of backend "btrfs" needs "btrfs"')
+    return BackingConfig(
+        target=_target(given, where),
+        is_device=bool(given.device),
+        fs_type=fs_type,
+        size_bytes=_backing_size(given, where),
+        preallocate=given.preallocate,
+        where=where,
+    )
+
+
+def _target(given: _Backing, where: str) -> Path:
+    if given.file:
+        return _absolute(f"{where} file", given.file)
+    path = _absolute(f"{where} device", given.device)
+    if not path.is_relative_to("/dev"):
+        raise ConfigurationError(f"{where} device {given.device!r}: give a block device in /dev")
+    return path
+
+
+def _backing_size(given: _Backing, where: str) -> int:
+    if given.device:
+        for key, value in (("size", given.size), ("preallocate", given.preallocate)):
+            if value:
+                raise ConfigurationError(
+                    f"{where} {key} {value!r}: a device is as large as it is: leave it out"
+                )
+        return 0
+    size_bytes = _at(f"{where} size", parse_size, given.size) & ~0xFFF
+    if size_bytes < SMALLEST_BACKING:
+        raise ConfigurationError(
+            f"{where} size {given.size!r}: give the size of the pool's filesystem, at least 320Mi"
+        )
+    return size_bytes
 
 
 def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None:
@@ -278,6 +303,29 @@ def _check_roots(pools: Mapping[str, PoolConfig], name: str) -> None:
                     f"{name}: [pools.{one.name}] root {str(one.root)!r} is the root of [pools.{other.name}] "
                     "or lies in it: give each pool a directory of its own"
                 )
+    _check_backings([(pool, pool.backing) for pool in pools.values() if pool.backing], pools)
+
+
+def _check_backings(managed: list[tuple[PoolConfig, BackingConfig]], pools: Mapping[str, PoolConfig]) -> None:
+    known: dict[Path, str] = {}
+    for pool, backing in managed:
+        target = str(backing.target)
+        if backing.target in known:
+            raise ConfigurationError(
+                f"{backing.where} {target!r}: is the backing of [pools.{known[backing.target]}] already: give each "
+                "pool its own"
+            )
+        known[backing.target] = pool.name
+        for other in pools.values():
+            if other.root == backing.target or other.root in backing.target.parents:
+                raise ConfigurationError(
+                    f"{backing.where} file {target!r}: lies in the root of [pools.{other.name}]: put it beside it"
+                )
+        if pool.root in (Path("/"), Path(target)) or pool.root.parent == Path("/"):
+            raise ConfigurationError(
+                f"{pool.where} root {str(pool.root)!r}: a filesystem is mounted there, which the directory above it must "
+                "show to the node: give a directory in another one than '/'"
+            )
 
 
 def _convert(raw: dict[str, Any], kind: type[S], where: str, also_known: tuple[str, ...] = ()) -> S:

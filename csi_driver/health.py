@@ -47,6 +47,8 @@ class Health:
         if files.is_read_only(pool.catalog.root_fd):
             message = f"pool {pool.name!r}: the filesystem at {pool.catalog.root} is read-only: see the kernel's log"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "ReadOnly", message))
+        for reason, message in pool.backing_problems().items():
+            entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, reason, message))
         if pool.room() == 0:
             message = f"pool {pool.name!r}: has no room for another volume"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "Full", message))

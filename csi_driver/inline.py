@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from csi_driver.catalog import Home
-from csi_driver.config import parse_size
 from csi_driver.errors import InvalidArgument, invalid
 from csi_driver.linux import mount
 from csi_driver.model import CapacityRange, PublishRequest, VolumeId, VolumeRequest
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
+from csi_driver.values import parse_size
 
 EPHEMERAL = "csi.storage.k8s.io/ephemeral"
 SIZE = "size"

@@ -7,9 +7,9 @@ Whether a pool can do what they say is `modify`'s business; how a device is held
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 
-from csi_driver.config import parse_duration, parse_size
 from csi_driver.errors import InvalidArgument, invalid, unknown_keys
 from csi_driver.model import KIB, PLACEMENT_KEYS
+from csi_driver.values import parse_duration, parse_size
 
 RETENTION = "retention"
 READ_BPS, WRITE_BPS, READ_IOPS, WRITE_IOPS = "readBps", "writeBps", "readIops", "writeIops"

@@ -19,7 +19,8 @@ from typing import Self
 import msgspec
 
 from csi_driver import mutable
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, Store
+from csi_driver.backing import Backing
 from csi_driver.catalog import AREAS, SNAPSHOTS, Catalog, Home
 from csi_driver.config import PoolConfig
 from csi_driver.errors import Aborted, ConfigurationError, Error, FailedPrecondition, ResourceExhausted
@@ -63,12 +64,15 @@ class CopyOrder:
 class Pool:
     """One `[pools.NAME]`, open."""
 
-    def __init__(self, config: PoolConfig, catalog: Catalog, backend: Backend) -> None:
+    def __init__(
+        self, config: PoolConfig, catalog: Catalog, backend: Backend, backing: Backing | None = None
+    ) -> None:
         self.name = config.name
         self.config = config
         self.catalog = catalog
         self.backend = backend
-        self.space = Space(backend.store, config.reserved)
+        self._backing = backing
+        self.space = Space(self.store, config.reserved)
         self._shares = Shares()
         # What a volume may write beyond its size is looked up, set and counted by one thread at a time.
         self._allowing = threading.Lock()
@@ -140,6 +144,15 @@ class Pool:
     def is_present(self) -> bool:
         """Whether the pool's directory is still the one that was opened."""
         return self.catalog.is_present()
+
+    def store(self) -> Store:
+        """The pool's filesystem now, with no more room than what is beneath it can give."""
+        store = self.backend.store()
+        return self._backing.bound(store) if self._backing else store
+
+    def backing_problems(self) -> dict[str, str]:
+        """What is known to be wrong with a managed pool's file: reasons, each with a sentence."""
+        return self._backing.problems(self.backend.store()) if self._backing else {}
 
     def room(self) -> int:
         """Bytes that may still be promised; none where the pool's directory is gone."""

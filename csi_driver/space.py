@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from csi_driver.backends.base import Store
-from csi_driver.config import Reserved
 from csi_driver.errors import ResourceExhausted
+from csi_driver.values import Reserved
 
 
 @dataclass(slots=True)

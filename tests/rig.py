@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver import backends, config
+from csi_driver import backends, backing, config
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog
 from csi_driver.config import PoolConfig
@@ -131,11 +131,12 @@ def configure(kind: Kind, root: Path, *, name: str = "p", extra: str = 'reserved
 
 
 def open_pool(pool_config: PoolConfig) -> Pool:
+    mounted = backing.ensure(pool_config)
     backend = backends.create(pool_config)
     backend.check()
     catalog = Catalog.open(pool_config.root, pool_config.backend)
     try:
-        pool = Pool(pool_config, catalog, backend)
+        pool = Pool(pool_config, catalog, backend, mounted)
         pool.adopt()
     except BaseException:
         catalog.close()

@@ -244,7 +244,7 @@ class BtrfsBackend:
 
     def _enable_quota(self, root_fd: int) -> None:
         root = self._pool.root
-        if not self._options.enable_quota:
+        if not (self._options.enable_quota or self._pool.backing):
             # Not done unasked: it changes the whole filesystem, and for good.
             raise ConfigurationError(
                 f"{self._pool.where}: quotas are off on the btrfs filesystem of {root}, so no size could be enforced: "

@@ -15,7 +15,7 @@ from csi_driver.backends import directories
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_DIRECTORY, Directory, Features, Store
 from csi_driver.backends.parameters import check_fs_type, parse_parameters
 from csi_driver.catalog import Home
-from csi_driver.config import PoolConfig, parse_size, read_options
+from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, ResourceExhausted
 from csi_driver.linux import files, tree, treecopy
 from csi_driver.linux.copy import Transfer
@@ -30,6 +30,7 @@ from csi_driver.model import (
     Stats,
     VolumeSpec,
 )
+from csi_driver.values import parse_size
 
 SIZE_FILE = "size"
 FS_TYPE = "memfs"

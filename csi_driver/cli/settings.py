@@ -13,8 +13,9 @@ from rich.table import Table
 
 from csi_driver import backends
 from csi_driver.cli import terminal, words
-from csi_driver.config import DEFAULT_PATH, DRIVER_NAME, Config, PoolConfig, Reserved, load
+from csi_driver.config import DEFAULT_PATH, DRIVER_NAME, Config, PoolConfig, load
 from csi_driver.errors import ConfigurationError
+from csi_driver.values import Reserved
 
 GOOD, WRONG = 0, 2
 

@@ -255,6 +255,11 @@ def _filesystem_info(fd: int) -> FsInfo:
     return info
 
 
+def filesystem_uuid(fd: int) -> bytes:
+    """The 16 bytes that the superblock of the mounted filesystem has."""
+    return bytes(_filesystem_info(fd).fsid)
+
+
 def _sysfs(fd: int) -> Path:
     digits = bytes(_filesystem_info(fd).fsid).hex()
     uuid = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

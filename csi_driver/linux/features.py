@@ -42,6 +42,11 @@ def mount_api() -> None:
     os.close(syscall.fsopen("tmpfs"))
 
 
+def filesystem(fs_type: str) -> None:
+    """Whether the kernel has this filesystem; it loads the module if that is what it takes. ENODEV: it has not."""
+    os.close(syscall.fsopen(fs_type))
+
+
 def mount_points() -> None:
     """statx(2) that tells whether a path is a mount point."""
     if mount.find_mounted(Path("/proc")) is None:

@@ -10,6 +10,7 @@ import os
 from ctypes import c_uint8, c_uint32, c_uint64
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from csi_driver.linux import btrfs
 from csi_driver.linux.quota import device_path
@@ -136,6 +137,11 @@ def _grow_btrfs(fd: int, size_bytes: int) -> int:
         btrfs.resize(fd, info.devid, wanted)
         info = btrfs.device(fd)
     return int(info.total_bytes)
+
+
+def mounted_uuid(fs_type: str, fd: int) -> UUID:
+    """The uuid in the superblock of the mounted XFS or btrfs that the file or directory is in."""
+    return UUID(bytes=bytes(_xfs_geometry(fd).uuid) if fs_type == "xfs" else btrfs.filesystem_uuid(fd))
 
 
 def freeze(fd: int) -> None:

@@ -8,10 +8,13 @@ import errno
 import os
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 from csi_driver.linux import syscall
 
 _MIB: Final = 1 << 20
+_SAMPLES: Final = 256
+_SAMPLE_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +132,16 @@ def is_blank(fd: int) -> bool:
     if detect(fd) is not None:
         return False
     size = os.lseek(fd, 0, os.SEEK_END)
-    return all(_is_zero(fd, offset, min(_MIB, size)) for offset in {0, max(0, size - _MIB)})
+    return all(is_zero(fd, offset, min(_MIB, size)) for offset in {0, max(0, size - _MIB)})
 
 
-def _is_zero(fd: int, offset: int, length: int) -> bool:
+def is_zero(fd: int, offset: int, length: int) -> bool:
+    """Whether these bytes are all zero.
+
+    Raises OSError: they cannot be read, or end early.
+    """
     while length > 0:
-        part = _read(fd, offset, length)
+        part = _read(fd, offset, min(length, _MIB))
         if not part:
             raise OSError(errno.EIO, "ends before its size", syscall.describe(fd))
         if part.count(0) != len(part):
@@ -142,3 +149,36 @@ def _is_zero(fd: int, offset: int, length: int) -> bool:
         offset += len(part)
         length -= len(part)
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An XFS or a btrfs, by what its first superblock says."""
+
+    fs_type: str
+    uuid: UUID
+
+
+_XFS_UUID: Final = 32
+_BTRFS_UUID: Final = 65536 + 32
+
+
+def identify(fd: int) -> Identity | None:
+    """Which XFS or btrfs is on the device; None if it is another format, or none. Also while it is mounted.
+
+    Raises OSError: the device cannot be read.
+    """
+    places = {"xfs": _XFS_UUID, "btrfs": _BTRFS_UUID}
+    found = detect(fd)
+    if found not in places:
+        return None
+    return Identity(found, UUID(bytes=_read(fd, places[found], 16)))
+
+
+def is_unused(fd: int) -> bool:
+    """Whether a device is blank, as `is_blank` has it, and is zero at many places in between, too."""
+    if not is_blank(fd):
+        return False
+    size = os.lseek(fd, 0, os.SEEK_END)
+    step = max(_SAMPLE_BYTES, size // _SAMPLES)
+    return all(is_zero(fd, offset, min(_SAMPLE_BYTES, size - offset)) for offset in range(0, size, step))

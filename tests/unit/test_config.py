@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from csi_driver import backends, config
 from csi_driver.config import (
     SHARED_BACKENDS,
-    Reserved,
     parse,
-    parse_duration,
-    parse_reserved,
-    parse_size,
     read_options,
 )
 from csi_driver.errors import ConfigurationError
 from csi_driver.model import GIB, KIB, MIB
+from csi_driver.values import Reserved, parse_duration, parse_reserved, parse_size
+
+
+def managed(keys: str, backend: str = "image", *, name: str = "fast", root: str = "/data/fast") -> str:
+    table = f"[pools.{name}]\nroot = '{root}'\nbackend = '{backend}'\nretention = 0\n[pools.{name}.backing]\n"
+    return table + (keys.replace(", ", "\n") or "preallocate = false") + "\n"
+
 
 POOL = '[pools.fast]\nroot = "/data/fast"\n'
 
@@ -100,6 +103,31 @@ def test_everything_said() -> None:
         ("expansion = 'never'\n" + POOL, "expansion"),
         (POOL + "[pools.b]\nroot = '/data/fast'\n", "is the root of"),
         (POOL + "[pools.b]\nroot = '/data/fast/b'\n", r"lies in it"),
+        (POOL + "backing = 'fast.img'\n", r"\[pools.fast\].*backing"),
+        (managed(""), r"\[pools.fast.backing\]: name either a file or a device"),
+        (managed("file = '/data/f', device = '/dev/sdb'"), "name either a file or a device"),
+        (managed("file = 'f', size = '1Gi'"), r"\[pools.fast.backing\] file 'f'.*absolute"),
+        (managed("file = '/data/../f', size = '1Gi'"), "without '..'"),
+        (managed("file = '/data/f'"), r"size 0: give the size .* at least 320Mi"),
+        (managed("file = '/data/f', size = '1M'"), "size '1M': give the size"),
+        (managed("file = '/data/f', size = 'big'"), "size: 'big' is not a size"),
+        (managed("device = 'sdb'"), r"device 'sdb'.*absolute"),
+        (managed("device = '/data/sdb'"), r"device '/data/sdb': give a block device in /dev"),
+        (managed("device = '/dev/sdb', size = '1Gi'"), "size '1Gi': a device is as large as it is"),
+        (managed("device = '/dev/sdb', preallocate = true"), "preallocate True: a device is as large"),
+        (managed("device = '/dev/sdb', filesystem = 'ext4'"), r"\[pools.fast.backing\]: .*ext4"),
+        (managed("device = '/dev/sdb', fs = 'xfs'"), r"unknown key 'fs'.*filesystem, preallocate, size"),
+        (managed("device = '/dev/sdb', filesystem = 'xfs'", "btrfs"), "filesystem 'xfs': .*needs \"btrfs\""),
+        (
+            managed("file = '/data/fast/f', size = '1Gi'"),
+            r"lies in the root of \[pools.fast\]: put it beside",
+        ),
+        (managed("device = '/dev/sdb'", root="/fast"), r"root '/fast'.*another one than '/'"),
+        (
+            managed("device = '/dev/sdb'") + managed("device = '/dev/sdb'", name="b", root="/data/b"),
+            r"\[pools.b.backing\] '/dev/sdb': is the backing of \[pools.fast\] already",
+        ),
+        ("scope = 'shared'\n" + managed("device = '/dev/sdb'", "nfs"), "lies on its server: leave it out"),
     ],
 )
 def test_refused_with_the_key_and_a_remedy(text: str, said: str) -> None:
@@ -107,6 +135,22 @@ def test_refused_with_the_key_and_a_remedy(text: str, said: str) -> None:
         parse(text, "orlop.toml")
 
     assert "orlop.toml" in str(refused.value)
+
+
+def test_a_managed_pool_in_a_file() -> None:
+    found = parse(managed("file = '/data/fast.img', size = '50Gi', preallocate = true")).pools["fast"].backing
+
+    assert found is not None
+    assert (found.target, found.is_device, found.fs_type) == (Path("/data/fast.img"), False, "xfs")
+    assert (found.size_bytes, found.preallocate) == (50 * GIB, True)
+    assert parse(POOL).pools["fast"].backing is None
+
+
+def test_a_managed_pool_on_a_device_has_the_filesystem_of_its_backend() -> None:
+    found = parse(managed("device = '/dev/disk/by-id/nvme-1'", "btrfs")).pools["fast"].backing
+
+    assert found is not None
+    assert (found.is_device, found.fs_type, found.size_bytes) == (True, "btrfs", 0)
 
 
 def test_file_that_is_not_there_says_how_to_name_one(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 TABLES: list[tuple[str, type[msgspec.Struct]]] = [
     ("The file", config._File),
     ("Every pool", config._Pool),
+    ("`[pools.NAME.backing]`", config._Backing),
     ('`backend = "image"`', image.ImageOptions),
     ('`backend = "directory"`', directory._Options),
     ('`backend = "btrfs"`', btrfs._Options),
@@ -79,7 +80,7 @@ def test_every_backend_has_its_section_except_that_for_tests() -> None:
 def test_the_examples_of_the_configuration_are_good() -> None:
     examples = re.findall(r"```toml\n(.*?)```", (DOCS / "configuration.md").read_text(), re.S)
 
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         for pool in config.parse(example).pools.values():
             kinds: dict[str, type[msgspec.Struct]] = {

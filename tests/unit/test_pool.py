@@ -14,10 +14,10 @@ import pytest
 
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import SCHEMA, Catalog, Home
-from csi_driver.config import Reserved
 from csi_driver.errors import Aborted, ConfigurationError, ResourceExhausted
 from csi_driver.model import GIB, MIB, AccessType, Record, VolumeSpec
 from csi_driver.pool import Pool
+from csi_driver.values import Reserved
 from tests.rig import Rig, configure, open_pool
 from tests.unit.conftest import MEMORY, OpenRig
 

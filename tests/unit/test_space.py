@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from csi_driver.backends.base import Store
-from csi_driver.config import Reserved
 from csi_driver.errors import ResourceExhausted
 from csi_driver.space import Space
+from csi_driver.values import Reserved
 
 TOTAL = 10_000
 
