@@ -32,9 +32,9 @@ def test_an_unexpected_failure_is_counted_and_the_thread_goes_on(
     rig.pool.delete(create(rig.pool, "odd"))
     maintenance = Maintenance(rig.pools, refresh_s=0.01)
 
-    maintenance.start()
     try:
         with interposed(rig.pool, clear=BROKEN, written_bytes=BROKEN):
+            maintenance.start()  # not before: it would have emptied the trash by now
             _until(lambda: maintenance.failures["p"] >= 3)
         _until(lambda: entries(rig.pool, "trash") == [])
     finally:
