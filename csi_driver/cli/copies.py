@@ -18,10 +18,11 @@ from rich.markup import escape
 from csi_driver.cli import records, settings, terminal, words
 from csi_driver.cli.client import TIMEOUT_S, CallFailed, Client, connected, refusals
 from csi_driver.cli.snapshots import progress_text
-from csi_driver.config import Config, parse_size
+from csi_driver.config import Config
 from csi_driver.errors import ConfigurationError
 from csi_driver.model import VolumeId
 from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.values import parse_size
 
 T = TypeVar("T")
 
