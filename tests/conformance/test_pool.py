@@ -4,6 +4,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from csi_driver.errors import (
     AlreadyExists,
     ConfigurationError,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
 )
@@ -138,6 +140,36 @@ def test_retention_keeps_the_payload(scene: Scene) -> None:
 
     [(home, _)] = rig.pool.catalog.trashed()
     assert rig.backend.size_bytes(home) == size
+
+
+def test_a_class_may_keep_the_payload_longer_than_the_pool(scene: Scene) -> None:
+    rig = scene.open()
+    volume_id = create(scene, rig)
+    rig.controller.modify_volume(volume_id, {"retention": "1h"})
+    size = rig.controller.get_volume(volume_id).size_bytes
+    rig.controller.delete_volume(volume_id)
+
+    rig = scene.open()
+    assert rig.pool.empty_trash() is not None
+    [(home, _)] = rig.pool.catalog.trashed()
+    assert rig.backend.size_bytes(home) == size
+
+    rig.pool.empty_trash(now=time.time() + 3700)
+    assert entries(rig, "trash") == []
+
+
+def test_limits_are_kept_or_refused_with_a_reason(scene: Scene) -> None:
+    rig = scene.open()
+    volume_id = create(scene, rig)
+    problem = rig.backend.limits_problem()
+
+    if problem:
+        with pytest.raises(InvalidArgument, match="no limits in pool 'p'"):
+            rig.controller.modify_volume(volume_id, {"writeIops": "100"})
+        assert rig.controller.get_volume(volume_id).record.mutable == {}
+    else:
+        rig.controller.modify_volume(volume_id, {"writeIops": "100"})
+        assert rig.controller.get_volume(volume_id).record.mutable == {"writeIops": "100"}
 
 
 def test_volume_in_use_is_not_deleted(real_scene: Scene) -> None:

@@ -77,6 +77,9 @@ class Case:
     def grow(self, rig: Rig) -> None:
         rig.controller.expand_volume(rig.pool.id_of("a"), CapacityRange(2 * self.size_bytes), None)
 
+    def modify(self, rig: Rig) -> None:
+        rig.controller.modify_volume(rig.pool.id_of("a"), {"retention": "0"})
+
     def stage(self, rig: Rig) -> None:
         self.staging.mkdir(exist_ok=True)  # kubelet does
         rig.node.stage(staged(rig.pool.id_of("a"), self.staging))
@@ -154,6 +157,7 @@ OPERATIONS = {
         Case.empty_trash, (Case.fill, Case.delete), (Case.empty_trash,), needs_root=False
     ),
     "grow": Operation(Case.grow, (Case.fill,), (Case.grow, Case.delete), needs_root=False),
+    "modify": Operation(Case.modify, (Case.fill,), (Case.delete,), needs_root=False),
     "stage": Operation(Case.stage, (Case.fill,), (Case.unstage,)),
     "unstage": Operation(Case.unstage, UP, (Case.unstage,)),
     "publish": Operation(Case.publish, UP, (Case.unpublish, Case.unstage)),

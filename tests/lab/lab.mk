@@ -6,7 +6,7 @@ lab: venv  ## a shell, or CMD='command', under a throw-away Linux kernel (root)
 	@tests/lab/run $(CMD)
 
 .PHONY: test-lab
-test-lab: setup-test  ## NFS and project quotas, under a throw-away Linux kernel (root, minutes)
+test-lab: setup-test  ## NFS, project quotas and I/O limits, under a throw-away Linux kernel (root, minutes)
 	@tests/lab/run --or-skip -- $(PYTEST) -m lab -p no:cacheprovider $(ARGS)
 	@# Growing a mounted ext4 needs CAP_SYS_RESOURCE, which hardened machines withhold from root: here it is to be had.
 	@tests/lab/run --or-skip -- $(PYTEST) -m kernel -k "growth or grown" -p no:cacheprovider \

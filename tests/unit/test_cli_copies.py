@@ -165,3 +165,14 @@ def test_a_volume_that_is_being_copied_is_told_of_too() -> None:
     assert 0 < copy["copied_bytes"] < 32 * MIB
     assert f"{copy['id']}\n    a volume: " in shown
     assert "copied" in shown
+
+
+def test_volumes_tell_what_their_class_says(here: Here) -> None:
+    here.create("v", parameters=CLAIM, mutable_parameters={"retention": "24h"})
+    here.create("plain")
+
+    rows = {row["name"]: row["mutable"] for row in here.json("volumes")["volumes"]}
+    shown = here.orlop("volumes").stdout
+
+    assert rows == {"v": {"retention": "24h"}, "plain": {}}
+    assert shown.count("    retention=24h\n") == 1

@@ -5,6 +5,8 @@ import dataclasses
 
 import pytest
 
+from csi_driver import backends
+from csi_driver.config import parse
 from csi_driver.errors import (
     Aborted,
     AlreadyExists,
@@ -151,3 +153,11 @@ def test_validation_confirms_the_class_that_the_volume_has(rig: Rig) -> None:
     assert rig.controller.validate(made.id, capabilities, {}, {}, KEPT) == ""
     refused = rig.controller.validate(made.id, capabilities, {}, {}, {"retention": "2h"})
     assert "the volume has {'retention': '1h'}" in refused
+
+
+def test_volumes_on_a_file_server_have_no_device_to_limit() -> None:
+    pool = parse('[pools.nas]\nbackend = "nfs"\nroot = "/mnt/nas"\nserver = "nas"\npath = "/export"\n').pools[
+        "nas"
+    ]
+
+    assert backends.create(pool).limits_problem().startswith("its volumes are on a file server")
