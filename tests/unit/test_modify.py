@@ -156,8 +156,8 @@ def test_validation_confirms_the_class_that_the_volume_has(rig: Rig) -> None:
 
 
 def test_volumes_on_a_file_server_have_no_device_to_limit() -> None:
-    pool = parse('[pools.nas]\nbackend = "nfs"\nroot = "/mnt/nas"\nserver = "nas"\npath = "/export"\n').pools[
-        "nas"
-    ]
+    pool = parse(
+        'scope = "shared"\n[pools.nas]\nbackend = "nfs"\nroot = "/mnt/nas"\nserver = "nas"\npath = "/export"\n'
+    ).pools["nas"]
 
     assert backends.create(pool).limits_problem().startswith("its volumes are on a file server")
