@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csi_driver import backends, backing, modify
+from csi_driver import apart, backends, backing, modify
 from csi_driver import config as configuration
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
@@ -104,8 +104,10 @@ def build(config: Config) -> Driver:
     """
     with ExitStack() as undo:
         opened = {}
+        servers = Servers()
+        undo.callback(servers.close)
         for name, pool_config in config.pools.items() if config.role != "node" else ():
-            opened[name] = _open_pool(pool_config, undo)
+            opened[name] = _open_pool(pool_config, servers, undo)
         pools = Pools(opened, config.default_pool, config.retired_tags, config.elsewhere)
         modify.adopt(pools)
         features = _features(config, pools)
@@ -118,7 +120,9 @@ def build(config: Config) -> Driver:
         controller = Controller(
             pools, locks, health, copier, info.segments, expands=features.grows_in_controller
         )
-        node = Node(pools, locks, health, info, _exports(config, undo))
+        # Volumes that every node reaches are mounted by what their context says, as on nodes that have no pools.
+        exports = Exports(EXPORTS_DIR / config.driver_name, servers) if config.scope == "shared" else None
+        node = Node(pools if exports is None else Pools({}), locks, health, info, exports)
         services = csi_pb2.DESCRIPTOR.services_by_name
         handlers = Interceptor(
             [
@@ -202,7 +206,7 @@ def _drain(server: Server, driver: Driver, timeout_s: float) -> None:
         os._exit(1)
 
 
-def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
+def _open_pool(config: PoolConfig, servers: Servers, undo: ExitStack) -> Pool:
     mounted = backing.ensure(config)
     if config.mounted and not os.path.ismount(config.root):
         raise ConfigurationError(
@@ -210,9 +214,15 @@ def _open_pool(config: PoolConfig, undo: ExitStack) -> Pool:
             "mount the pool's disk first"
         )
     backend = backends.create(config)
+    server = backend.features.server
+    if server:
+        # Opened when it is first wanted: its server may be away, and the others' volumes do not wait for it.
+        pool = Pool(config, *apart.stand_ins(config, backend, servers.breaker(server)))
+        undo.callback(pool.close)
+        return pool
     # First, lest a pool that cannot work here leaves its mark in the directory.
     backend.check()
-    catalog = Catalog.open(config.root, config.backend, exclusive=backend.features.export is None)
+    catalog = Catalog.open(config.root, config.backend)
     undo.callback(catalog.close)
     pool = Pool(config, catalog, backend, mounted)
     pool.adopt()
@@ -230,14 +240,6 @@ def _features(config: Config, pools: Pools) -> DriverFeatures:
         grows_on_node=grows and config.scope == "node",
         shared=config.scope == "shared",
     )
-
-
-def _exports(config: Config, undo: ExitStack) -> Exports | None:
-    if config.scope == "node":
-        return None
-    servers = Servers()
-    undo.callback(servers.close)
-    return Exports(EXPORTS_DIR / config.driver_name, servers)
 
 
 def _metadata(features: DriverFeatures, pools: Pools, locks: Locks) -> object:
@@ -310,7 +312,7 @@ def _serve_http(
     )
 
     def not_ready() -> str:
-        missing = [pool.name for pool in driver.pools if not pool.is_present()]
+        missing = [pool.name for pool in driver.pools if not (pool.is_apart or pool.is_present())]
         if missing:
             return f"pool {', '.join(missing)}: its directory is not there any more: is its disk mounted?"
         problem = registration.problem() if registration else ""

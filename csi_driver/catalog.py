@@ -12,14 +12,14 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from csi_driver.errors import ConfigurationError, Error, NotFound
+from csi_driver.errors import ConfigurationError, Error, NotFound, ResourceExhausted
 from csi_driver.linux import files
 from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
 
@@ -76,13 +76,13 @@ class Catalog:
     def __init__(self, root: Path, root_fd: int, lock_fd: int, pool: PoolRecord) -> None:
         self.root = root
         self.root_fd = root_fd
-        self.tag = pool.uuid.replace("-", "")[:8]
+        self.tag = _tag(pool)
         self._lock_fd = lock_fd
         self._areas = {area: files.ensure_directory(root_fd, area, mode=0o700) for area in AREAS}
 
     @classmethod
-    def open(cls, root: Path, backend: str, *, exclusive: bool = True) -> "Catalog":
-        """Open the pool at `root`, made if there is none; `exclusive`: by this process alone.
+    def open(cls, root: Path, backend: str, *, exclusive: bool = True, tag: str = "") -> "Catalog":
+        """Open the pool at `root`, made if there is none; `exclusive`: by this process alone; `tag`: that one only.
 
         Raises:
             ConfigurationError: it cannot be used: another process has it, it is another backend's, it was written
@@ -103,7 +103,7 @@ class Catalog:
                 "one driver process serves a pool"
             )
         try:
-            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend))
+            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend, tag))
         except BaseException:
             os.close(lock_fd)
             os.close(root_fd)
@@ -121,6 +121,19 @@ class Catalog:
         except OSError:
             return False
         return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+    def check_present(self) -> None:
+        """Make sure of it.
+
+        Raises:
+            ResourceExhausted: it does not.
+        """
+        if not self.is_present():
+            raise ResourceExhausted(f"{self.root}: is not there any more: is its disk mounted?")
+
+    def is_read_only(self) -> bool:
+        """Whether the pool's filesystem refuses writes now."""
+        return files.is_read_only(self.root_fd)
 
     # Finding
 
@@ -264,11 +277,14 @@ class Catalog:
             when = int(number) / 1e9 if number.isdecimal() else 0.0
             yield Home(volume_id, name, TRASH, self._areas[TRASH], self.root / TRASH), when
 
-    def remove(self, home: Home) -> None:
-        """Remove a staging or trash home's files; refuses what exists, and anything with a mount in it."""
+    def remove(self, home: Home, check: Callable[[], None] = lambda: None) -> None:
+        """Remove a staging or trash home's files; refuses what exists, and anything with a mount in it.
+
+        `check` is called now and then, and may raise: a repeat goes on from there.
+        """
         if home.area not in (STAGING, TRASH):
             raise Error(f"{home.path}: only staging and trash are ever removed")
-        files.remove_tree(home.area_fd, home.name)
+        files.remove_tree(home.area_fd, home.name, check)
 
     def _names(self, area: str) -> list[str]:
         # Opened anew: a descriptor has one position that threads would share, and btrfs shows in an open directory
@@ -278,6 +294,10 @@ class Catalog:
             return sorted(os.listdir(fd))
         finally:
             os.close(fd)
+
+    def placed(self, home_id: str, name: str, area: str) -> Home:
+        """The home of these words, as `Home` has them; does not look."""
+        return Home(home_id, name, area, self._areas[area], self.root / area)
 
     def _home(self, area: str, volume_id: str) -> Home:
         return Home(volume_id, volume_id, area, self._areas[area], self.root / area)
@@ -295,18 +315,24 @@ class Catalog:
         return parsed is not None and parsed.tag == self.tag
 
 
-def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
-    try:
-        pool = msgspec.json.decode(files.read(root_fd, POOL_FILE), type=PoolRecord)
-    except FileNotFoundError:
+def _tag(pool: PoolRecord) -> str:
+    return pool.uuid.replace("-", "")[:8]
+
+
+def _pool_record(root: Path, root_fd: int, backend: str, tag: str) -> PoolRecord:
+    pool = _read_pool(root, root_fd)
+    if pool is None and not tag:
         _check_unused(root, root_fd)
-        pool = PoolRecord(schema=SCHEMA, uuid=str(uuid.uuid4()), backend=backend)
-        files.write_atomic(root_fd, POOL_FILE, msgspec.json.encode(pool))
+        made = PoolRecord(schema=SCHEMA, uuid=str(uuid.uuid4()), backend=backend)
+        files.write_once(root_fd, POOL_FILE, msgspec.json.encode(made))
         files.sync(root_fd)
-    except msgspec.DecodeError as error:
+        # Another driver may have been faster, where several may have the pool.
+        pool = _read_pool(root, root_fd)
+    if pool is None or (tag and _tag(pool) != tag):
         raise ConfigurationError(
-            f"{root / POOL_FILE}: damaged ({error}): restore it from a backup"
-        ) from error
+            f"{root / POOL_FILE}: not that of the pool with tag {tag or 'any'} that was here before: another "
+            "filesystem is in its place: bring the right one back, and restart the driver if this one is"
+        )
     if pool.schema > SCHEMA:
         raise ConfigurationError(
             f"{root / POOL_FILE}: written by a newer version of Orlop (schema {pool.schema}, this one knows "
@@ -318,6 +344,17 @@ def _pool_record(root: Path, root_fd: int, backend: str) -> PoolRecord:
             "correct the configuration or give the new pool another root"
         )
     return pool
+
+
+def _read_pool(root: Path, root_fd: int) -> PoolRecord | None:
+    try:
+        return msgspec.json.decode(files.read(root_fd, POOL_FILE), type=PoolRecord)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(
+            f"{root / POOL_FILE}: damaged ({error}): restore it from a backup"
+        ) from error
 
 
 def _check_unused(root: Path, root_fd: int) -> None:

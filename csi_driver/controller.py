@@ -260,10 +260,10 @@ class Controller:
 
     def _check_job(self, name: str) -> None:
         """Tell how a copy in the background goes that an earlier call began, or in what it has ended."""
-        for pool in self._pools:
-            volume_id = pool.id_of(name)
-            check_ended(self._copier.jobs.find(volume_id))
-            self._copier.jobs.take_failure(volume_id)
+        job = self._copier.jobs.find_name(name, Record)
+        if job is not None:
+            check_ended(job)
+            self._copier.jobs.take_failure(job.record.id)
 
     def _volume(self, pool: Pool, home: Home, *, in_use: bool) -> Volume:
         record = pool.catalog.read(home)

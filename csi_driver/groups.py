@@ -32,7 +32,8 @@ class Groups:
 
     def adopt(self) -> None:
         """Remove the members of groups that were not finished when the driver died."""
-        for pool in self._pools:
+        for pool in self._pools.near([]):
+            # What is not finished on a server may be another driver's, which is at it.
             for home in pool.catalog.snapshots():
                 try:
                     group = pool.catalog.read_snapshot(home).group
@@ -54,9 +55,10 @@ class Groups:
         """
         check_parameters(parameters)
         ids = sorted(set(source_ids))
-        keys = [lock_key(pool.group_id_of(name)) for pool in self._pools]
+        meant = self._pools.holding(*ids)
+        keys = [lock_key(pool.group_id_of(name)) for pool in self._pools.near(meant)]
         with self._locks.hold(*keys, shared=[lock_key(volume_id) for volume_id in ids]):
-            standing = self._standing(name)
+            standing = self._standing(name, meant)
             if standing is not None:
                 if sorted(standing.record.snapshots) != ids:
                     raise AlreadyExists(
@@ -137,8 +139,8 @@ class Groups:
             if found is not None:
                 found[0].delete_snapshot(found[1])
 
-    def _standing(self, name: str) -> Group | None:
-        for pool in self._pools:
+    def _standing(self, name: str, meant: Sequence[Pool]) -> Group | None:
+        for pool in self._pools.near(meant):
             found = self._pools.find_group(pool.group_id_of(name))
             if found is not None:
                 return self._read(*found)

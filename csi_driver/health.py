@@ -5,8 +5,7 @@ CSI 1.13 (alpha): volume health and storage health.
 """
 
 from csi_driver.catalog import Home
-from csi_driver.errors import Error, NotFound
-from csi_driver.linux import files
+from csi_driver.errors import Error, NotFound, Unavailable
 from csi_driver.model import HealthEntry, HealthStatus, StorageEntry, StorageStatus
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
@@ -26,12 +25,16 @@ class Health:
             record = pool.catalog.read(home)
         except NotFound as error:
             return [HealthEntry(HealthStatus.DATA_LOSS, "RecordMissing", str(error))]
+        except Unavailable as error:
+            return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", str(error))]
         except Error as error:
             return [HealthEntry(HealthStatus.DATA_LOSS, "RecordDamaged", str(error))]
         except OSError as error:
             return [_unreadable(home, error)]
         try:
             return pool.backend.health(home, record)
+        except Unavailable as error:
+            return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", str(error))]
         except OSError as error:
             return [_unreadable(home, error)]
 
@@ -44,7 +47,7 @@ class Health:
         if not pool.is_present():
             return [_storage(pool, StorageStatus.STORAGE_UNREACHABLE, "Missing", _missing(pool))]
         entries = []
-        if files.is_read_only(pool.catalog.root_fd):
+        if pool.catalog.is_read_only():
             message = f"pool {pool.name!r}: the filesystem at {pool.catalog.root} is read-only: see the kernel's log"
             entries.append(_storage(pool, StorageStatus.STORAGE_DEGRADED, "ReadOnly", message))
         for reason, message in pool.backing_problems().items():

@@ -104,6 +104,12 @@ class Jobs:
         with self._guard:
             return self._jobs.get(made_id)
 
+    def find_name(self, name: str, kind: type[Record] | type[SnapshotRecord]) -> Job | None:
+        """The same, by the name that the volume or snapshot has for Kubernetes."""
+        with self._guard:
+            jobs = list(self._jobs.values())
+        return next((job for job in jobs if isinstance(job.record, kind) and job.record.name == name), None)
+
     def all(self) -> list[Job]:
         """The jobs that run or wait."""
         with self._guard:

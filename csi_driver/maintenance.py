@@ -55,6 +55,8 @@ class Maintenance:
             for pool in self._pools:
                 if self._ending.is_set():
                     return
+                if not pool.adopted:
+                    self._try(pool, pool.adopt)
                 self._try(pool, pool.empty_trash)
                 if refresh:
                     self._try(pool, pool.refresh)

@@ -87,6 +87,7 @@ class Node:
         """
         with self._hold(request.volume_id, "target_path", request.target_path):
             if inline.is_inline(request.context):
+                self._check_own_storage("an inline volume")
                 self._publish_inline(request)
             elif static.is_static(request.context):
                 self._publish_static(request)
@@ -118,10 +119,12 @@ class Node:
         CSI: NodeGetVolumeStats.
         """
         path = Path(volume_path)
+        remote = static.export_stats(self._exports, path) if self._exports is not None else None
+        if remote is not None:
+            return remote
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)
         if found is None:
-            remote = static.export_stats(self._exports, path) if self._exports is not None else None
-            return remote or static.stats(self._pools, volume_id, path)
+            return static.stats(self._pools, volume_id, path)
         pool, home = found
         volume = staging.Local(pool, home, pool.catalog.read(home))
         if not staging.is_shown_at(volume, path):
@@ -173,14 +176,16 @@ class Node:
 
         CSI: NodeGetVolumeHealth.
         """
+        path = Path(volume_path)
+        remote = static.export_health(self._exports, path) if self._exports and volume_path else None
+        if remote is not None:
+            return remote
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)
         if found is not None:
             return self._health.of_volume(*found)
         if not volume_path:
             raise NotFound(f"volume {volume_id!r}: does not exist on this node")
-        path = Path(volume_path)
-        remote = static.export_health(self._exports, path) if self._exports is not None else None
-        return static.health(self._pools, volume_id, path) if remote is None else remote
+        return static.health(self._pools, volume_id, path)
 
     def storage_health(self) -> list[StorageEntry]:
         """What is wrong with the pools, as this node sees them.
@@ -226,6 +231,12 @@ class Node:
             if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
                 _check_single(request, self._exports.shown_at(fd))
             ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
+
+    def _check_own_storage(self, what: str) -> None:
+        if self._exports is not None:
+            raise InvalidArgument(
+                f"volume_context: {what} is of a driver for the node's own storage, and this one is for file servers"
+            )
 
     def _publish_inline(self, request: PublishRequest) -> None:
         standing = inline.find(self._pools, request.volume_id)

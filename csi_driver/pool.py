@@ -23,7 +23,14 @@ from csi_driver.backends.base import Backend, Store
 from csi_driver.backing import Backing
 from csi_driver.catalog import AREAS, SNAPSHOTS, Catalog, Home
 from csi_driver.config import PoolConfig
-from csi_driver.errors import Aborted, ConfigurationError, Error, FailedPrecondition, ResourceExhausted
+from csi_driver.errors import (
+    Aborted,
+    ConfigurationError,
+    Error,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+)
 from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     PLACEMENT_KEYS,
@@ -83,6 +90,7 @@ class Pool:
         self._retentions: dict[str, float] = {}
         self._emptying = threading.Lock()
         self.on_trash: Callable[[], None] = lambda: None
+        self.adopted = False
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
 
@@ -93,6 +101,7 @@ class Pool:
             ConfigurationError: a record was written by a newer version, or the pool has been given another name.
         """
         self._discard_all()
+        self.adopted = True
         self.damaged = {}
         shares: dict[str, tuple[int, int]] = {}
         volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
@@ -110,6 +119,11 @@ class Pool:
                 continue
             shares[home.name] = (size, size)
         self.space.adopt(shares)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its store is on a server: what asks it may have to wait for that."""
+        return self.backend.features.server != ""
 
     def close(self) -> None:
         """Let another process have the pool."""
@@ -156,7 +170,10 @@ class Pool:
 
     def room(self) -> int:
         """Bytes that may still be promised; none where the pool's directory is gone."""
-        return self.space.available() if self.is_present() else 0
+        try:
+            return self.space.available() if self.is_present() else 0
+        except Unavailable:
+            return 0
 
     def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:
         """The sizes that can be made here."""
@@ -201,7 +218,7 @@ class Pool:
             ResourceExhausted: no room; nothing is left behind.
             Aborted: it failed, and so did undoing it: repeat.
         """
-        self._check_present()
+        self.catalog.check_present()
         promised = self.backend.promised_bytes(spec.size_bytes, spec.parameters)
         needed = promised or spec.size_bytes
         with self._no_room(record.id):
@@ -229,7 +246,7 @@ class Pool:
             ResourceExhausted: no room; nothing is left behind.
             Aborted: it failed, and so did undoing it: repeat.
         """
-        self._check_present()
+        self.catalog.check_present()
         share = self.shares_with(order.origin)
         record = msgspec.structs.replace(order.record, shares=self._shared_by(order) if share else {})
         with self._no_room(record.id):
@@ -358,6 +375,8 @@ class Pool:
         own: float | None = None
         try:
             own = mutable.parse(self.catalog.mutable(trashed)).retention_s
+        except Unavailable:
+            raise
         except (OSError, Error, msgspec.ValidationError) as error:
             log.error("pool %s: %s: kept as the pool says: %s", self.name, trashed.path, error)
         kept = self.config.retention_s if own is None else own
@@ -506,12 +525,6 @@ class Pool:
 
     # Building
 
-    def _check_present(self) -> None:
-        if not self.is_present():
-            raise ResourceExhausted(
-                f"pool {self.name!r}: {self.catalog.root} is not there any more: is its disk mounted?"
-            )
-
     def _build(self, spec: VolumeSpec, record: Record) -> Home:
         with self._staged(record.id, lambda: record) as home:
             self.backend.make(home, spec)
@@ -581,7 +594,7 @@ class Pool:
 
     def _discard_all(self) -> None:
         # What is half made in a store that others work in may be theirs; a repeat of the call discards it.
-        for home in [] if self.backend.features.export else list(self.catalog.staged()):
+        for home in [] if self.is_apart else list(self.catalog.staged()):
             try:
                 self._discard(home)
             except (OSError, Error) as error:

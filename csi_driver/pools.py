@@ -48,9 +48,9 @@ class Pools:
         home = pool.catalog.find_group(group_id) if pool else None
         return (pool, home) if pool and home else None
 
-    def find_snapshot_name(self, name: str) -> tuple[Pool, Home] | None:
-        """The snapshot of this name, in whichever pool it is."""
-        for pool in self:
+    def find_snapshot_name(self, name: str, meant: Collection[Pool]) -> tuple[Pool, Home] | None:
+        """The snapshot of this name, in whichever pool it is; see `near`."""
+        for pool in self.near(meant):
             home = pool.catalog.find_snapshot(pool.snapshot_id_of(name))
             if home is not None:
                 return pool, home
@@ -69,13 +69,26 @@ class Pools:
             )
         return found
 
-    def find_name(self, name: str) -> tuple[Pool, Home] | None:
-        """The volume of this name, in whichever pool it is."""
-        for pool in self:
+    def find_name(self, name: str, meant: Collection[Pool] = ()) -> tuple[Pool, Home] | None:
+        """The volume of this name, in whichever pool it is; see `near`."""
+        for pool in self.near(meant):
             home = pool.catalog.find(pool.id_of(name))
             if home is not None:
                 return pool, home
         return None
+
+    def near(self, meant: Collection[Pool]) -> Iterator[Pool]:
+        """The pools that a call looks through that means some of them: those, and all that are of this machine.
+
+        Not the others on servers: it would wait for one that is dead, which is nothing to it.
+        """
+        return (pool for pool in self if pool in meant or not pool.is_apart)
+
+    def holding(self, *ids: str) -> list[Pool]:
+        """The pools that volumes of these ids would be in."""
+        parsed = [VolumeId.find(one) for one in ids]
+        names = {one.pool for one in parsed if one is not None}
+        return [pool for pool in self if pool.name in names]
 
     def named_of(self, volume_id: str) -> Pool | None:
         """The pool that a volume of this id would be in, whether it exists or not; None for foreign ids."""

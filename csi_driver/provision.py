@@ -60,7 +60,7 @@ def provision(pools: Pools, request: VolumeRequest, copying: Copying | None = No
         ResourceExhausted: no pool here has the room; nothing is left behind.
     """
     candidates = pools.candidates(request.parameters)
-    existing = pools.find_name(request.name)
+    existing = pools.find_name(request.name, candidates)
     if existing is not None:
         _check_same(existing[0], existing[1], request, candidates)
         return existing

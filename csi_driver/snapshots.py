@@ -160,19 +160,17 @@ class Snapshots:
 
     def _running(self, name: str, source_id: str) -> Snapshot | None:
         """What a call before this one has begun; what it has ended in, if that was a failure, is raised."""
-        for pool in self._pools:
-            snapshot_id = pool.snapshot_id_of(name)
-            job = self._copier.jobs.find(snapshot_id)
-            if job is None or not isinstance(job.record, SnapshotRecord):
-                continue
-            _check_source(job.record, source_id)
-            if job.is_running:
-                return self._shown(job.record, ready=False)
-            self._copier.jobs.take_failure(snapshot_id)
+        job = self._copier.jobs.find_name(name, SnapshotRecord)
+        if job is None or not isinstance(job.record, SnapshotRecord):
+            return None
+        _check_source(job.record, source_id)
+        if job.is_running:
+            return self._shown(job.record, ready=False)
+        self._copier.jobs.take_failure(job.record.id)
         return None
 
     def _standing(self, name: str, source_id: str) -> Snapshot | None:
-        found = self._pools.find_snapshot_name(name)
+        found = self._pools.find_snapshot_name(name, self._pools.holding(source_id))
         if found is None:
             return None
         snapshot = self._read(*found)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
-from csi_driver.linux.exports import Exports, Source, find_source
+from csi_driver.linux.export import Source, find_source
+from csi_driver.linux.exports import Exports
 from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Stats
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
@@ -170,8 +171,8 @@ def export_health(exports: Exports, path: Path) -> list[HealthEntry] | None:
     """What is wrong with the export that is published at `path`. None: none is."""
     try:
         found = export_stats(exports, path)
-    except Unavailable as error:
-        return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", str(error))]
+    except (Unavailable, OSError) as error:
+        return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", f"{path}: {error}")]
     return None if found is None else []
 
 

@@ -15,7 +15,7 @@ from typing import Protocol, Self
 
 from csi_driver.catalog import Home
 from csi_driver.linux.copy import Transfer
-from csi_driver.linux.exports import Source
+from csi_driver.linux.export import Source
 from csi_driver.model import (
     AccessMode,
     AccessType,
@@ -50,6 +50,8 @@ class Features:
     """A copy within the pool is made in a moment, however large it is."""
     writer_pays: bool = False
     """What a volume has written stays counted as its own for as long as a copy of it holds it."""
+    server: str = ""
+    """Whose answers the store waits for, for ever if it is dead; "" for storage of this machine."""
     export: Source | None = None
     """The export that is the pool's root, for volumes that every node mounts for itself."""
 

@@ -40,6 +40,7 @@ _LIMITS = SizeLimits(minimum_bytes=4 * KIB, maximum_bytes=2**62, multiple_bytes=
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
     total: str | int = GIB
     instant_copies: bool = True
+    server: str = ""
 
 
 class MemoryBackend:
@@ -53,6 +54,7 @@ class MemoryBackend:
             raise ConfigurationError(f"{pool.where} total: {error}") from error
         self._root = pool.root
         self._instant_copies = options.instant_copies
+        self._server = options.server
         self._guard = threading.Lock()
         self._taken = _taken_beneath(pool.root)
 
@@ -62,6 +64,7 @@ class MemoryBackend:
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
             instant_copies=self._instant_copies,
+            server=self._server,
         )
 
     def check(self) -> None:

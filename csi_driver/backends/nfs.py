@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volumes as directories on a file server's export: every node reaches them, and many may at once.
 
-The controller has the export mounted at the pool's root; nodes mount it for themselves, by what the volume's context
-says. No server enforces a directory's size, so a volume's capacity is unknown.
+The controller has the export mounted at the pool's root, and works on it in a child (`apart`), for all here may hang;
+nodes mount it for themselves, by what the volume's context says. No server enforces a directory's size, so a volume's
+capacity is unknown.
 """
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -17,16 +16,14 @@ from csi_driver.backends.base import NODE_MODES, PAYLOAD_DIRECTORY, Directory, F
 from csi_driver.backends.parameters import check_fs_type, parse_parameters
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
-from csi_driver.errors import ConfigurationError, Unavailable
-from csi_driver.linux import exports, files
+from csi_driver.errors import ConfigurationError
+from csi_driver.linux import export, files
 from csi_driver.linux.copy import Transfer
-from csi_driver.linux.remote import Server
 from csi_driver.model import (
     KIB,
     MIB,
     AccessType,
     HealthEntry,
-    HealthStatus,
     Parameters,
     Record,
     SizeLimits,
@@ -37,8 +34,6 @@ from csi_driver.model import (
 FS_TYPE = "nfs"
 # A size is only remembered: any will do.
 _LIMITS = SizeLimits(minimum_bytes=MIB, maximum_bytes=2**62, multiple_bytes=4 * KIB)
-_CALL_S = 10.0
-_MOUNT_S = 30.0
 
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -58,10 +53,9 @@ class NfsBackend:
             raise ConfigurationError(
                 f"{pool.where} path {options.path!r}: give the absolute path of an export"
             )
-        self._source = exports.Source(
+        self._source = export.Source(
             f"{options.server}:{options.path}", FS_TYPE, tuple(options.mount_options)
         )
-        self._server = Server(options.server)
 
     @property
     def features(self) -> Features:
@@ -69,12 +63,13 @@ class NfsBackend:
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
             enforces_capacity=False,
+            server=self._source.server,
             export=self._source,
         )
 
     def check(self) -> None:
         root = self._pool.root
-        standing = exports.find_source(root)
+        standing = export.find_source(root)
         if standing == self._source.source:
             return
         if standing is not None:
@@ -83,8 +78,8 @@ class NfsBackend:
                 "another root"
             )
         try:
-            exports.mount_at(self._server, self._source, root, _MOUNT_S)
-        except (OSError, Unavailable) as error:
+            export.mount(self._source, root)
+        except OSError as error:
             raise ConfigurationError(
                 f"{self._pool.where}: {self._source.source} cannot be mounted at {root}: {error}"
             ) from error
@@ -130,8 +125,8 @@ class NfsBackend:
         return 0
 
     def store(self) -> Store:
-        found = self._server.call("usage", _CALL_S, path=os.fspath(self._pool.root)).values
-        return Store(found["total_bytes"], found["available_bytes"])
+        usage = files.usage(self._pool.root)
+        return Store(usage.total_bytes, usage.free_bytes)
 
     def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         return 0
@@ -162,25 +157,7 @@ class NfsBackend:
         return {}
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
-        try:
-            self._server.call(
-                "open",
-                _CALL_S,
-                root=os.fspath(self._pool.root),
-                path=os.fspath(_below(self._pool.root, home)),
-            )
-        except FileNotFoundError:
-            return [HealthEntry(HealthStatus.DATA_LOSS, "PayloadMissing", directories.missing(home))]
-        except (Unavailable, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ESTALE, errno.EIO, errno.ENOTCONN):
-                raise
-            message = f"volume {home.id!r}: {self._source.source}: {error}"
-            return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", message)]
-        return []
+        return list(directories.payload_health(home))
 
     def stats(self, home: Home, mounted: int) -> Stats:
         return directories.filesystem_stats(mounted)
-
-
-def _below(root: Path, home: Home) -> Path:
-    return home.path.relative_to(root) / PAYLOAD_DIRECTORY

@@ -6,42 +6,19 @@ Which exports may be used, and where they are shown, is the caller's business.
 """
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from csi_driver.errors import Unavailable
-from csi_driver.linux import mount, mountinfo
-from csi_driver.linux.remote import Answer, Server, Servers
+from csi_driver.linux import mount
+from csi_driver.linux.export import GONE, Source, find_source
+from csi_driver.linux.remote import Server, Servers
 
-# A mount that has these is of no use to anyone any more, and a new one of the same export is.
-_GONE: Final = (errno.ESTALE, errno.ENOTCONN)
 _UNMOUNT_S: Final = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What is mounted: `server:/path`, a type that has a mount.TYPE program, and options."""
-
-    source: str
-    fs_type: str = "nfs"
-    options: tuple[str, ...] = ()
-
-    @property
-    def server(self) -> str:
-        """The server's name: all before the path."""
-        return self.source.partition(":/")[0].strip("[]")
-
-    @property
-    def key(self) -> str:
-        """The name of its directory: the same for the same mount."""
-        text = "\0".join((self.fs_type, self.source, *self.options))
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class Exports:
@@ -67,11 +44,11 @@ class Exports:
             OSError: ENOENT no such directory, ELOOP or EXDEV a way out of the export, what mounting says.
         """
         with self._in_use(source):
-            answer = self._open(source, path, make)
+            fd = self._open(source, path, make)
             try:
-                yield answer.fd
+                yield fd
             finally:
-                os.close(answer.fd)
+                os.close(fd)
 
     def shown_at(self, fd: int) -> list[mount.Mount]:
         """Where the directory that `opened` gave, or something below it, is published."""
@@ -98,7 +75,7 @@ class Exports:
             Unavailable: the server does not answer.
         """
         server = self._servers.named(Source(source).server)
-        return dict(server.call("usage", self._timeout_s, path=os.fspath(path)).values)
+        return server.call("usage", self._timeout_s, path=os.fspath(path))[0]
 
     def unmount(self, target: Path, *, lazy: bool = False) -> None:
         """Unmount what is at `target`, whether its server answers or not. Not an export, or nothing, is fine.
@@ -137,9 +114,9 @@ class Exports:
         server = self._servers.named(Source(source).server)
         try:
             # Only the server can tell: what is cached here looks as it always did.
-            os.close(server.call("open", self._timeout_s, root=os.fspath(target), path="").fd)
+            os.close(server.call("open", self._timeout_s, root=os.fspath(target), path="")[1])
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
             self.unmount(target, lazy=True)
 
@@ -163,29 +140,36 @@ class Exports:
             return False
         return True
 
-    def _open(self, source: Source, path: str, make: dict[str, int] | None) -> Answer:
+    def _open(self, source: Source, path: str, make: dict[str, int] | None) -> int:
         server = self._servers.named(source.server)
         root = self._ensure_mounted(server, source)
         try:
             return self._ask(server, root, path, make)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
         with self._lock(source.key):
             self.unmount(root, lazy=True)
         root = self._ensure_mounted(server, source)
         return self._ask(server, root, path, make)
 
-    def _ask(self, server: Server, root: Path, path: str, make: dict[str, int] | None) -> Answer:
+    def _ask(self, server: Server, root: Path, path: str, make: dict[str, int] | None) -> int:
         if make is None:
-            return server.call("open", self._timeout_s, root=os.fspath(root), path=path)
-        return server.call("ensure", self._timeout_s, root=os.fspath(root), path=path, owner=make)
+            return server.call("open", self._timeout_s, root=os.fspath(root), path=path)[1]
+        return server.call("ensure", self._timeout_s, root=os.fspath(root), path=path, owner=make)[1]
 
     def _ensure_mounted(self, server: Server, source: Source) -> Path:
         target = self.directory / source.key
         with self._lock(source.key):
             if not _is_mounted(target):
-                mount_at(server, source, target, self._timeout_s)
+                server.call(
+                    "mount",
+                    self._timeout_s,
+                    source=source.source,
+                    fs_type=source.fs_type,
+                    target=os.fspath(target),
+                    options=source.options,
+                )
         return target
 
     @contextmanager
@@ -203,36 +187,10 @@ class Exports:
             return self._guards.setdefault(key, threading.Lock())
 
 
-def mount_at(server: Server, source: Source, target: Path, timeout_s: float) -> None:
-    """Mount the export; `target` is made if it is missing.
-
-    Raises:
-        Unavailable: the server does not answer.
-        OSError: the program said so.
-    """
-    server.call(
-        "mount",
-        timeout_s,
-        source=source.source,
-        fs_type=source.fs_type,
-        target=os.fspath(target),
-        options=",".join(source.options) or "defaults",
-    )
-
-
 def _is_mounted(target: Path) -> bool:
     try:
         return mount.find_mounted(target) is not None
     except OSError as error:
-        if error.errno not in _GONE:
+        if error.errno not in GONE:
             raise
         return True
-
-
-def find_source(path: Path) -> str | None:
-    """The source of the export that is mounted at `path`, without asking its server; None: no export is."""
-    target = os.fspath(path)
-    for entry in reversed(mountinfo.mounts()):
-        if entry.target == target:
-            return entry.source if ":/" in entry.source else None
-    return None

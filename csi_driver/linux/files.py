@@ -179,6 +179,28 @@ def write_atomic(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None
         raise
 
 
+def write_once(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
+    """Make the file `name` with this content, all or nothing, unless there is one: of several writers one wins.
+
+    Not durable until the caller syncs the directory.
+    """
+    temporary = f".{name}.{secrets.token_hex(8)}.new"
+    write_new(dir_fd, temporary, data, mode)
+    try:
+        # Not a rename: on some network filesystems it cannot but replace.
+        os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with contextlib.suppress(FileExistsError):
+            rename(dir_fd, temporary, dir_fd, name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=dir_fd)
+
+
 def _write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:

@@ -1,50 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child that `remote` talks to: does one thing after the other on one file server, and may hang in any of them.
+"""The child that a node's `remote.Server` talks to: does one thing after the other on one server, and may hang in each.
 
 A program of its own, so that it can be killed. It holds nothing between two requests, and ends with its parent.
 """
 
-import errno
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from csi_driver.linux import files
+from csi_driver.linux import export, files, remote, worker
 from csi_driver.linux import mount as mounts
 
-_MESSAGE = 1 << 16
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 
 
 def mount(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Mount an export. Its program resolves the server's name and agrees on the protocol, as mount(8) would."""
-    os.makedirs(request["target"], mode=0o700, exist_ok=True)
-    words = [f"mount.{request['fs_type']}", request["source"], request["target"], "-o", request["options"]]
-    # In our process group: who kills us kills it.
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise OSError(_number(said), said, request["source"])
+    """Mount an export."""
+    options = tuple(request["options"])
+    export.mount(export.Source(request["source"], request["fs_type"], options), Path(request["target"]))
     return {}, -1
-
-
-def _number(said: str) -> int:
-    for number in (
-        errno.EACCES,
-        errno.ENOENT,
-        errno.EINVAL,
-        errno.ETIMEDOUT,
-        errno.ECONNREFUSED,
-        errno.EBUSY,
-    ):
-        if os.strerror(number).lower() in said.lower():
-            return number
-    return errno.EACCES if "access denied" in said else errno.EIO
 
 
 def open_directory(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -96,19 +72,17 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int]]] = 
 
 
 def main() -> None:
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    while message := connection.recv(_MESSAGE):
-        request = json.loads(message)
+    connection = worker.connect()
+    for content in worker.requests(connection):
+        request = json.loads(content)
         fd = -1
         try:
             values, fd = OPERATIONS[request["operation"]](request)
         except OSError as error:
             path = os.fspath(error.filename) if error.filename is not None else None
             values = {"errno": error.errno, "error": error.strerror, "path": path}
-        if fd < 0:
-            connection.send(json.dumps(values).encode())
-        else:
-            socket.send_fds(connection, [json.dumps(values).encode()], [fd])
+        remote.send(connection, remote.Message(json.dumps(values).encode(), fd))
+        if fd >= 0:
             os.close(fd)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,8 +42,10 @@ class _Level:
     below: list[str] = field(default_factory=list)
 
 
-def remove_tree(dir_fd: int, name: str) -> None:
+def remove_tree(dir_fd: int, name: str, check: Callable[[], None] = lambda: None) -> None:
     """Remove `name`, a single component beneath `dir_fd`, with all that is in it. Missing is fine.
+
+    `check` is called for each entry, and may raise: what is gone by then is gone, the rest may be removed later.
 
     Uses one descriptor at a time however deep the tree is. Clears immutable and append-only flags that are in
     the way; deletes nested btrfs subvolumes, read-only ones too.
@@ -67,7 +70,7 @@ def remove_tree(dir_fd: int, name: str) -> None:
     if not is_directory:
         _unlink(dir_fd, name)
     elif not _remove_directory(dir_fd, name):
-        _walk(dir_fd, name)
+        _walk(dir_fd, name, check)
 
 
 def _refuse_mounts(fd: int, name: str) -> None:
@@ -80,7 +83,7 @@ def _refuse_mounts(fd: int, name: str) -> None:
         raise OSError(errno.EBUSY, f"still mounted inside: {inside[0].target}{more}", name)
 
 
-def _walk(dir_fd: int, name: str) -> None:
+def _walk(dir_fd: int, name: str, check: Callable[[], None]) -> None:
     top = os.fstat(dir_fd)
     levels = [_Level(name, (0, 0))]
     fd = _enter(dir_fd, levels[0])
@@ -88,7 +91,7 @@ def _walk(dir_fd: int, name: str) -> None:
         while fd is not None and levels:
             level = levels[-1]
             if not level.below:
-                level.below = _empty(fd)
+                level.below = _empty(fd, check)
             if level.below:
                 below = _Level(level.below.pop(), (0, 0))
                 if _remove_directory(fd, below.name):
@@ -138,12 +141,13 @@ def _leave(fd: int, name: str, upper: tuple[int, int]) -> int:
     return parent
 
 
-def _empty(fd: int) -> list[str]:
+def _empty(fd: int, check: Callable[[], None]) -> list[str]:
     """Unlink all that is not a directory; return the names of (some of) the directories."""
     below: list[str] = []
     # FileNotFoundError: another has removed this very directory meanwhile.
     with contextlib.suppress(FileNotFoundError), os.scandir(fd) as entries:
         for entry in entries:
+            check()
             if not entry.is_dir(follow_symlinks=False):
                 _unlink(fd, entry.name)
                 continue

@@ -194,7 +194,7 @@ class Metrics:
         for pool in self._pools:
             try:
                 ids = pool.catalog.ids()
-            except OSError:
+            except (OSError, Error):
                 continue  # told by orlop_pool_up
             yield from ((pool, volume_id) for volume_id in ids)
 
