@@ -21,9 +21,9 @@ RUN /opt/orlop/bin/pip install --no-cache-dir --no-deps . \
  && /opt/orlop/bin/pip uninstall --yes pip setuptools
 
 FROM debian:bookworm-slim
-# mkfs, resize and check programs of the filesystems a volume may have; nothing to fetch or to build with.
+# mkfs, resize and check programs of the filesystems a volume may have, and what mounts NFS; nothing to fetch or to build with.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux \
+ && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux nfs-common \
  && rm -rf /var/lib/apt/lists/* /var/cache/debconf /usr/share/doc /usr/share/man
 COPY --from=build /opt/orlop /opt/orlop
 ENV PATH=/opt/orlop/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

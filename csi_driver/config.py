@@ -24,6 +24,8 @@ V = TypeVar("V")
 DRIVER_NAME = "local.orlop.dev"
 SHARED_DRIVER_NAME = "shared.orlop.dev"
 SHARED_BACKENDS = ("nfs",)
+EXPORT_ROOTS = "/run/orlop/pools"
+"""Where a controller mounts exports, a directory each, if nothing else is said."""
 DEFAULT_PATH = Path("/etc/orlop/config.toml")
 _DRIVER_NAME = re.compile(r"(?=.{1,63}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.IGNORECASE)
 _TAG = re.compile(r"[0-9a-f]{8}")
@@ -195,14 +197,15 @@ def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
         )
     common = {key: value for key, value in table.items() if key in _Pool.__struct_fields__}
     parsed = _convert(common, _Pool, where)
-    if not parsed.root.startswith("/"):
+    root = parsed.root or (f"{EXPORT_ROOTS}/{pool}" if parsed.backend in SHARED_BACKENDS else "")
+    if not root.startswith("/"):
         raise ConfigurationError(
             f"{where} root {parsed.root!r}: give the absolute path of the pool's directory"
         )
     return PoolConfig(
         name=pool,
         backend=parsed.backend,
-        root=Path(parsed.root),
+        root=Path(root),
         reserved=_at(f"{where} reserved", parse_reserved, parsed.reserved),
         retention_s=_at(f"{where} retention", parse_duration, parsed.retention),
         classes=tuple(parsed.classes),

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from csi_driver import app
+from csi_driver import config as configuration
 from tests.cluster.harness import programs
 from tests.conftest import unavailable
 
@@ -22,6 +24,7 @@ SNAPSHOT_CONTROLLER = DEPLOY / "snapshot-controller.yaml"
 K0S = "/var/lib/k0s/kubelet"
 MICROK8S = "/var/snap/microk8s/common/var/lib/kubelet"
 MONITORING = ("monitoring.podMonitor=true", "monitoring.rules=true", "monitoring.labels.release=prometheus")
+SHARED = ("shared.enabled=true", "local.enabled=false")
 ALL_SIDECARS = ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")
 
 Objects = dict[tuple[str, str], dict[str, Any]]
@@ -52,7 +55,7 @@ def chart(*values: str) -> Objects:
 def kustomize(directory: str) -> Objects:
     """The rendered objects, with the ConfigMap called as in the chart instead of by its hash."""
     text = run(tool("kubectl"), "kustomize", os.fspath(DEPLOY / directory))
-    return parse(re.sub(r"orlop-config-[a-z0-9]{10}\b", "orlop-config", text))
+    return parse(re.sub(r"(orlop(?:-shared)?-config)-[a-z0-9]{10}\b", r"\1", text))
 
 
 def normal(objects: Objects) -> Objects:
@@ -78,6 +81,7 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
     ("directory", "values"),
     [
         ("kustomize/base", ()),
+        ("kustomize/shared", SHARED),
         ("kustomize/overlays/snapshots", ("snapshots.enabled=true",)),
         ("kustomize/overlays/k0s", (f"kubeletDir={K0S}",)),
         ("kustomize/overlays/microk8s", (f"kubeletDir={MICROK8S}",)),
@@ -113,8 +117,9 @@ def containers(objects: Objects) -> dict[str, dict[str, Any]]:
     return {container["name"]: container for pod in pods for container in pod["containers"]}
 
 
-def test_only_the_driver_is_privileged_and_no_root_filesystem_is_writable() -> None:
-    found = containers(chart(*ALL_SIDECARS))
+@pytest.mark.parametrize("values", [(), SHARED])
+def test_only_the_driver_is_privileged_and_no_root_filesystem_is_writable(values: tuple[str, ...]) -> None:
+    found = containers(chart(*ALL_SIDECARS, *values))
 
     for name, container in found.items():
         context = container["securityContext"]
@@ -125,8 +130,9 @@ def test_only_the_driver_is_privileged_and_no_root_filesystem_is_writable() -> N
     assert [name for name, one in found.items() if one["securityContext"].get("privileged")] == ["driver"]
 
 
-def test_every_container_asks_for_resources_and_pulls_only_when_absent() -> None:
-    for name, container in containers(chart(*ALL_SIDECARS)).items():
+@pytest.mark.parametrize("values", [(), SHARED])
+def test_every_container_asks_for_resources_and_pulls_only_when_absent(values: tuple[str, ...]) -> None:
+    for name, container in containers(chart(*ALL_SIDECARS, *values)).items():
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}, name
         assert container["imagePullPolicy"] == "IfNotPresent", name
 
@@ -169,12 +175,45 @@ def test_monitoring_is_a_switch_and_is_found_by_its_labels() -> None:
         assert rule["annotations"].keys() == {"summary", "description"}, rule["alert"]
 
 
-def test_no_object_grants_a_wildcard_or_secrets() -> None:
+def test_both_drivers_stand_side_by_side() -> None:
+    pool = ("shared.pools.team.backend=nfs", "shared.pools.team.server=files", "shared.pools.team.path=/team")
+    both = chart("shared.enabled=true", *pool, "shared.storageClasses[0].name=team")
+    alone, local = chart(*SHARED, *pool, "shared.storageClasses[0].name=team"), chart()
+
+    assert both.keys() == alone.keys() | local.keys()
+    assert alone.keys() & local.keys() == {("Namespace", "orlop")}
+    for key in local:
+        assert both[key] == local[key]
+    config = configuration.parse(both["ConfigMap", "orlop-shared-config"]["data"]["config.toml"])
+    assert (config.scope, config.driver_name) == ("shared", "shared.orlop.dev")
+    assert config.pools["team"].root == Path("/run/orlop/pools/team")
+    assert both["StorageClass", "team"]["provisioner"] == config.driver_name
+
+
+def test_the_shared_driver_s_mounts_outlive_its_pods_and_one_controller_works_at_a_time() -> None:
+    found = chart(*SHARED, "snapshots.enabled=true")
+    node = found["DaemonSet", "orlop-shared-node"]["spec"]["template"]["spec"]
+    controller = found["Deployment", "orlop-shared-controller"]["spec"]
+
+    assert node["hostNetwork"] is True and "serviceAccountName" not in node
+    mounts = {mount["name"]: mount for mount in node["containers"][0]["volumeMounts"]}
+    assert mounts["exports"]["mountPath"] == "/run/orlop" == os.fspath(app.EXPORTS_DIR.parent)
+    assert mounts["exports"]["mountPropagation"] == mounts["kubelet"]["mountPropagation"] == "Bidirectional"
+    assert controller["replicas"] == 2
+    sidecars = controller["template"]["spec"]["containers"][1:]
+    assert [one["name"] for one in sidecars] == ["csi-provisioner", "csi-resizer", "csi-snapshotter"]
+    assert all("--leader-election" in one["args"] for one in sidecars)
+
+
+@pytest.mark.parametrize(("values", "count"), [((), 4), (SHARED, 2), (("shared.enabled=true",), 6)])
+def test_no_object_grants_a_wildcard_or_secrets(values: tuple[str, ...], count: int) -> None:
     roles = [
-        document for (kind, _), document in chart(*ALL_SIDECARS).items() if kind in ("Role", "ClusterRole")
+        document
+        for (kind, _), document in chart(*ALL_SIDECARS, *values).items()
+        if kind in ("Role", "ClusterRole")
     ]
 
-    assert len(roles) == 4
+    assert len(roles) == count
     for role in roles:
         for rule in role["rules"]:
             assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"]
@@ -182,7 +221,7 @@ def test_no_object_grants_a_wildcard_or_secrets() -> None:
 
 
 def test_every_right_says_who_needs_it() -> None:
-    for template in ("rbac-node.yaml", "rbac-resizer.yaml"):
+    for template in ("rbac-node.yaml", "rbac-resizer.yaml", "rbac-shared.yaml"):
         lines = (CHART / "templates" / template).read_text().splitlines()
         rules = [index for index, line in enumerate(lines) if line.strip().startswith("- apiGroups")]
         assert rules
@@ -199,6 +238,8 @@ def test_every_right_says_who_needs_it() -> None:
         ("pools.fast.backend=zfs", "backend"),
         ("pools.fast.root=relative", "root"),
         ("registration=both", "registration"),
+        ("shared.pools.team.backend=image", "backend"),
+        ("shared.node.httpport=1", "httpport"),
         ("storageClasses[0].volumeBindingMode=Later", "volumeBindingMode"),
         ("snapshots.classes[0].deletionPolicy=Never", "deletionPolicy"),
     ],

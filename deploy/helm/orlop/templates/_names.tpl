@@ -40,6 +40,25 @@ zone = {{ toJson .Values.zone }}
 {{- end }}
 {{- end }}
 
+{{- define "orlop.sharedConfig" -}}
+scope = "shared"
+driver_name = {{ toJson .Values.shared.driverName }}
+{{- range $key, $value := .Values.shared.config }}
+{{ $key }} = {{ toJson $value }}
+{{- end }}
+{{- range $name, $pool := .Values.shared.pools }}
+
+[pools.{{ $name }}]
+{{- range $key, $value := $pool }}
+{{ $key }} = {{ toJson $value }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "orlop.sharedSocketDir" -}}
+{{ .Values.kubeletDir }}/plugins/{{ .Values.shared.driverName }}
+{{- end }}
+
 {{/* Only the driver's own container may mount; a sidecar needs its socket and the network. */}}
 {{- define "orlop.sidecarSecurity" -}}
 allowPrivilegeEscalation: false
