@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ POOL_FILE = "pool.json"
 RECORD_FILE, SNAPSHOT_FILE, GROUP_FILE = "volume.json", "snapshot.json", "group.json"
 LOCK_FILE = "lock"
 AREAS = VOLUMES, SNAPSHOTS, GROUPS, STAGING, TRASH = "volumes", "snapshots", "groups", "staging", "trash"
+KEPT, ARCHIVE = "kept", "archive"
+"""What deleted volumes leave behind whose class says so; the driver never looks into them."""
 _PLACES: dict[type[msgspec.Struct], tuple[str, str]] = {
     Record: (VOLUMES, RECORD_FILE),
     SnapshotRecord: (SNAPSHOTS, SNAPSHOT_FILE),
@@ -260,6 +263,27 @@ class Catalog:
         files.sync(trashed.area_fd)
         files.sync(home.area_fd)
         return trashed
+
+    def keep(self, home: Home) -> Path:
+        """Take a volume out of existence, and keep its home for ever; where it is now."""
+        return self._move(home.area_fd, home, f"{KEPT}/{home.id}.{time.time_ns()}")
+
+    def archive(self, home: Home, payload: str, name: str) -> Path | None:
+        """Take the payload out of a volume's home, and keep it for ever by this name; None: it is not there any more."""
+        with suppress(FileNotFoundError):
+            return self._move(home.area_fd, home, f"{ARCHIVE}/{name}", payload)
+        return None
+
+    def _move(self, old_fd: int, home: Home, path: str, payload: str = "") -> Path:
+        area, _, name = path.partition("/")
+        fd = files.ensure_directory(self.root_fd, area, mode=0o700)
+        try:
+            files.rename(old_fd, f"{home.name}/{payload}".rstrip("/"), fd, name)
+            files.sync(fd)
+            files.sync(old_fd)
+        finally:
+            os.close(fd)
+        return self.root / path
 
     def staged(self) -> Iterator[Home]:
         """What builds that died have left in staging."""

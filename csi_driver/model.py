@@ -101,6 +101,14 @@ class SizeLimits:
         return size
 
 
+class OnDelete(StrEnum):
+    """What becomes of a volume's files when it is deleted."""
+
+    DELETE = "delete"
+    RETAIN = "retain"
+    ARCHIVE = "archive"
+
+
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """A StorageClass's parameters as a backend understood them. `None`: not given."""
@@ -112,6 +120,7 @@ class Parameters:
     gid: int | None = None
     sub_path: str = ""
     thin: bool = False
+    on_delete: OnDelete = OnDelete.DELETE
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +134,7 @@ class VolumeSpec:
     """Nobody will ever write to it."""
 
 
-PLACEMENT_KEYS = ("pool", "type", "regionId", "zoneId")
+PLACEMENT_KEYS = ("pool", "type", "regionId", "zoneId", "server", "share")
 """The StorageClass parameters that choose a pool; the others are the chosen backend's."""
 
 Segments = Mapping[str, str]

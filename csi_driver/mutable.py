@@ -14,7 +14,19 @@ from csi_driver.values import parse_duration, parse_size
 RETENTION = "retention"
 READ_BPS, WRITE_BPS, READ_IOPS, WRITE_IOPS = "readBps", "writeBps", "readIops", "writeIops"
 KEYS = (RETENTION, READ_BPS, WRITE_BPS, READ_IOPS, WRITE_IOPS)
-FIXED = (*PLACEMENT_KEYS, "fsType", "mode", "uid", "gid", "subPath", "mkfsOptions", "provisioning")
+FIXED = (
+    *PLACEMENT_KEYS,
+    "fsType",
+    "mode",
+    "uid",
+    "gid",
+    "subPath",
+    "mkfsOptions",
+    "provisioning",
+    "onDelete",
+    "subDir",
+    "mountPermissions",
+)
 """Parameters of a StorageClass: decided when a volume is made."""
 UNLIMITED = "max"
 

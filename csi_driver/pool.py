@@ -37,6 +37,7 @@ from csi_driver.model import (
     AccessType,
     Capacity,
     GroupRecord,
+    OnDelete,
     Parameters,
     Record,
     SizeLimits,
@@ -315,6 +316,8 @@ class Pool:
                 f"volume {home.id!r}: still in use on this node ({holder}): end the pods that use it; "
                 "kubelet then unpublishes and unstages it"
             )
+        if self._keep(home):
+            return
         self._trash(home, keep=keep)
 
     def create_group(self, record: GroupRecord) -> Home:
@@ -395,6 +398,28 @@ class Pool:
             except OSError as error:
                 log.error("pool %s: volume %s: cannot be counted: %s", self.name, volume_id, error)
         self.space.refresh(written)
+
+    def _keep(self, home: Home) -> bool:
+        """Keep what a deleted volume's class wants kept; whether that was all of it."""
+        if not self.is_apart:
+            return False
+        record = self.catalog.read(home)
+        match self.parameters(record).on_delete:
+            case OnDelete.DELETE:
+                return False
+            case OnDelete.ARCHIVE:
+                when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                claim = f"{record.pvc_namespace}-{record.pvc_name}" if record.pvc_name else record.name
+                name = f"{claim.replace('/', '_')[:180]}-{when}-{home.id[-8:]}"
+                kept = self.catalog.archive(home, self.backend.features.payload, name)
+                log.info("volume %s: its content is kept at %s", home.id, kept)
+                return False
+            case OnDelete.RETAIN:
+                kept = self.catalog.keep(home)
+                log.info("volume %s: kept at %s", home.id, kept)
+                self._shares.drop(home.id)
+                self.space.forget(home.id)
+                return True
 
     def _share(self, home: Home) -> tuple[int, int]:
         record = self.catalog.read(home)

@@ -133,6 +133,9 @@ class Pools:
             InvalidArgument: it names nothing that is known here.
         """
         name, label = parameters.get("pool", ""), parameters.get("type", "")
+        server, share = parameters.get("server", ""), parameters.get("share", "")
+        if server or share:
+            return [self._exporting(server, share, name)]
         if name:
             self._check_here("pool", name, self._pools.keys())
             chosen = [self._pools[name]]
@@ -147,6 +150,20 @@ class Pools:
         else:
             chosen = self._defaults()
         return sorted(chosen, key=Pool.room, reverse=True)
+
+    def _exporting(self, server: str, share: str, name: str) -> Pool:
+        """The pool on this export: no others are used than the configuration names."""
+        known = {pool.backend.features.export.source: pool for pool in self if pool.backend.features.export}
+        pool = known.get(f"{server}:{share}")
+        if pool is None or name not in ("", pool.name):
+            raise invalid(
+                "parameters.server, share",
+                f"{server}:{share}",
+                f"no pool {name} is configured on it; exports: {', '.join(sorted(known)) or 'none'}".replace(
+                    "  ", " "
+                ),
+            )
+        return pool
 
     def named(self, name: str, field: str = "parameters.pool") -> Pool:
         """The pool of this name.

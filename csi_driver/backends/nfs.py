@@ -13,10 +13,18 @@ import msgspec
 
 from csi_driver.backends import directories
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_DIRECTORY, Directory, Features, Store
-from csi_driver.backends.parameters import check_fs_type, parse_parameters
+from csi_driver.backends.parameters import (
+    MODE,
+    MOUNT_PERMISSIONS,
+    ON_DELETE,
+    SUB_DIR,
+    SUB_PATH,
+    check_fs_type,
+    parse_parameters,
+)
 from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
-from csi_driver.errors import ConfigurationError
+from csi_driver.errors import ConfigurationError, invalid
 from csi_driver.linux import export, files
 from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
@@ -32,6 +40,8 @@ from csi_driver.model import (
 )
 
 FS_TYPE = "nfs"
+_SYNONYMS = {SUB_DIR: SUB_PATH, MOUNT_PERMISSIONS: MODE}
+"""What classes made for other NFS drivers say."""
 # A size is only remembered: any will do.
 _LIMITS = SizeLimits(minimum_bytes=MIB, maximum_bytes=2**62, multiple_bytes=4 * KIB)
 
@@ -85,7 +95,7 @@ class NfsBackend:
             ) from error
 
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
-        parsed = parse_parameters(parameters, fs_type)
+        parsed = parse_parameters(_usual(parameters), fs_type, further=(ON_DELETE,))
         check_fs_type(parsed.fs_type, FS_TYPE)
         return parsed
 
@@ -103,7 +113,8 @@ class NfsBackend:
         with Directory(home.open_directory()) as opened:
             os.mkdir(PAYLOAD_DIRECTORY, 0o700, dir_fd=opened.fd)
         with directories.attach(home) as data:
-            directories.copy(home, source, data.fd, transfer, share=share)
+            # Nothing is counted, so the server may share blocks wherever it can (NFSv4.2).
+            directories.copy(home, source, data.fd, transfer, share=True)
 
     def finish(self, home: Home, spec: VolumeSpec) -> None:
         with directories.attach(home) as data:
@@ -161,3 +172,14 @@ class NfsBackend:
 
     def stats(self, home: Home, mounted: int) -> Stats:
         return directories.filesystem_stats(mounted)
+
+
+def _usual(parameters: Mapping[str, str]) -> dict[str, str]:
+    usual = {key: value for key, value in parameters.items() if key not in _SYNONYMS}
+    for key, meant in _SYNONYMS.items():
+        value = parameters.get(key, "")
+        if key == MOUNT_PERMISSIONS and not value.strip("0"):
+            continue  # to leave the mode as it is
+        if value and usual.setdefault(meant, value) != value:
+            raise invalid(f"parameters.{key}", value, f"the same as {meant}, which says {usual[meant]!r}")
+    return usual

@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping
 
 from csi_driver.errors import InvalidArgument, invalid, unknown_keys
-from csi_driver.model import PLACEMENT_KEYS, Parameters
+from csi_driver.model import PLACEMENT_KEYS, OnDelete, Parameters
 from csi_driver.subpath import check_sub_path
 
 FS_TYPE, MODE, UID, GID, SUB_PATH = "fsType", "mode", "uid", "gid", "subPath"
-MKFS_OPTIONS, PROVISIONING = "mkfsOptions", "provisioning"
+MKFS_OPTIONS, PROVISIONING, ON_DELETE = "mkfsOptions", "provisioning", "onDelete"
+SUB_DIR, MOUNT_PERMISSIONS = "subDir", "mountPermissions"
 COMMON = (FS_TYPE, MODE, UID, GID, SUB_PATH)
+EVERY = (*COMMON, MKFS_OPTIONS, PROVISIONING, ON_DELETE, SUB_DIR, MOUNT_PERMISSIONS)
+"""What any backend knows."""
 PROVISIONINGS = ("thick", "thin")
 
 _MODE = re.compile(r"[0-7]{1,5}")
@@ -46,6 +49,7 @@ def parse_parameters(
         gid=_id(GID, parameters.get(GID)),
         sub_path=sub_path,
         thin=_thin(parameters.get(PROVISIONING), thin),
+        on_delete=_on_delete(parameters.get(ON_DELETE, OnDelete.DELETE)),
     )
 
 
@@ -87,6 +91,13 @@ def _id(key: str, text: str | None) -> int | None:
     if not 0 <= number <= _LARGEST_ID:
         raise invalid(f"parameters.{key}", text, f"give a number from 0 to {_LARGEST_ID}")
     return number
+
+
+def _on_delete(text: str) -> OnDelete:
+    try:
+        return OnDelete(text)
+    except ValueError as error:
+        raise invalid(f"parameters.{ON_DELETE}", text, f"give {', '.join(OnDelete)}") from error
 
 
 def _thin(text: str | None, default: bool) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from csi_driver import config, mutable
 from csi_driver.app import parse_arguments
 from csi_driver.backends import BACKENDS, btrfs, directory, image, memory
-from csi_driver.backends.parameters import COMMON, MKFS_OPTIONS, PROVISIONING
+from csi_driver.backends.parameters import EVERY
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import PLACEMENT_KEYS, HealthStatus
 from csi_driver.rpc.status import CODES
@@ -103,7 +103,7 @@ def test_every_option_of_serve_is_documented(capsys: pytest.CaptureFixture[str])
 def test_every_parameter_is_documented() -> None:
     documented = rows(section("parameters.md", "StorageClass `parameters`")).keys()
 
-    assert documented == {*PLACEMENT_KEYS, *COMMON, MKFS_OPTIONS, PROVISIONING}
+    assert documented == {*PLACEMENT_KEYS, *EVERY}
 
 
 def test_every_mutable_parameter_is_documented() -> None:

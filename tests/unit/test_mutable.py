@@ -52,7 +52,7 @@ def test_what_is_wrong_is_named(given: dict[str, str], words: str) -> None:
 
 
 def test_every_parameter_of_a_storage_class_is_known_to_be_fixed() -> None:
-    known = {*PLACEMENT_KEYS, *parameters.COMMON, parameters.MKFS_OPTIONS, parameters.PROVISIONING}
+    known = {*PLACEMENT_KEYS, *parameters.EVERY}
 
     assert set(mutable.FIXED) == known
 

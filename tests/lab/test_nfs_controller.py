@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A controller's work on exports; and what becomes of it when one of two servers dies: the other's volumes do not notice."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver import apart, backends
+from csi_driver.config import parse
+from csi_driver.errors import Aborted, Error, InvalidArgument, Unavailable
+from csi_driver.linux.remote import Servers
+from csi_driver.model import GIB, MIB, AccessMode, Source, SourceKind, TopologyRequirement
+from csi_driver.pool import Pool
+from csi_driver.pools import Pools
+from tests.lab.disks import Disk, run
+from tests.lab.hosts import GaneshaServer, KernelServer
+from tests.rig import Rig, capability, volume
+
+POOL = """
+[pools.{name}]
+backend = "nfs"
+server = "{server}"
+path = "/share"
+root = "{root}"
+"""
+DEADLINES = apart.Deadlines(open_s=15.0, call_s=6.0, copy_s=8.0)
+MANY = (capability(AccessMode.MULTI_NODE_MULTI_WRITER),)
+Start = Callable[..., GaneshaServer]
+
+
+@pytest.fixture
+def start(make_disk: Callable[..., Disk]) -> Iterator[Start]:
+    started: list[GaneshaServer | KernelServer] = []
+
+    def make(kind: type[GaneshaServer] | type[KernelServer] = GaneshaServer) -> GaneshaServer | KernelServer:
+        disk = make_disk("xfs", size="320M")
+        (disk.target / "share").mkdir()
+        started.append(kind(disk.target))
+        started[-1].start()
+        return started[-1]
+
+    yield make  # type: ignore[misc]  # most tests want a server that can be frozen
+    for server in started:
+        server.remove()
+
+
+@pytest.fixture
+def open_driver(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(**servers: GaneshaServer | KernelServer) -> Rig:
+        known, opened = Servers(), {}
+        for name, server in servers.items():
+            text = POOL.format(name=name, server=server.address, root=tmp_path / name)
+            configured = parse('scope = "shared"\n' + text).pools[name]
+            local = backends.create(configured)
+            breaker = known.breaker(local.features.server)
+            opened[name] = Pool(configured, *apart.stand_ins(configured, local, breaker, DEADLINES))
+        rigs.append(Rig(Pools(opened)))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        if line.split()[2].startswith("nfs"):
+            run("umount", "-l", line.split()[1])
+
+
+def create(rig: Rig, pool: str, name: str, source: Source | None = None, **parameters: str) -> str:
+    asked = volume(name, 16 * MIB, capabilities=MANY)
+    request = replace(asked, parameters={"pool": pool, **parameters}, source=source)
+    return rig.controller.create_volume(request).id
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
+
+
+def processes() -> int:
+    return len([entry for entry in os.listdir("/proc") if entry.isdecimal()])
+
+
+def repeated(call: Callable[[], object]) -> object:
+    """As Kubernetes does: until it works."""
+    for _ in range(60):
+        try:
+            return call()
+        except (Unavailable, Aborted):
+            time.sleep(1)
+    raise AssertionError("the server is back, its volumes are not")
+
+
+@pytest.mark.parametrize("how", ["frozen", "killed", "cut"])
+def test_a_dead_server_is_only_its_own_pool_s_trouble(
+    how: str, start: Start, open_driver: Callable[..., Rig]
+) -> None:
+    dead, well = start(), start()
+    rig = open_driver(dead=dead, well=well)
+    standing = create(rig, "dead", "a")
+    create(rig, "well", "warm")
+    usual = max(timed(lambda name=name: create(rig, "well", name)) for name in ("u1", "u2", "u3"))  # type: ignore[misc]
+
+    {"frozen": dead.freeze, "killed": dead.stop, "cut": dead.cut}[how]()
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        create(rig, "dead", "b")
+    assert time.monotonic() - began < DEADLINES.call_s + DEADLINES.open_s + 5
+    before, began = processes(), time.monotonic()
+    for number in range(200):
+        with pytest.raises(Unavailable):
+            create(rig, "dead", "b")
+        if number % 40 == 0:
+            assert timed(lambda: create(rig, "well", f"w{number}")) < 3 * usual + 0.5  # noqa: B023
+    assert time.monotonic() - began < 60
+    assert processes() <= before + 2
+    with pytest.raises(Unavailable):
+        rig.controller.delete_volume(standing)
+    entries = rig.health.of_volume(rig.pool, rig.pool.catalog.home(standing))
+    assert [entry.status.name for entry in entries] == ["INACCESSIBLE"]
+    assert rig.controller.capacity((), {"pool": "dead"}, None).available_bytes == 0
+    assert rig.controller.capacity((), {"pool": "well"}, None).available_bytes > 0
+
+    {"frozen": dead.thaw, "killed": dead.restart, "cut": dead.mend}[how]()
+    repeated(lambda: create(rig, "dead", "b"))
+    repeated(lambda: rig.controller.delete_volume(standing))
+    assert {one.id for one in rig.controller.list_volumes(0, "")[0]} >= {rig.pool.id_of("b")}
+    rig.settle()
+    assert not os.listdir(dead.export / "share/trash") and not os.listdir(dead.export / "share/staging")
+
+
+def test_a_driver_starts_though_a_server_is_away(start: Start, open_driver: Callable[..., Rig]) -> None:
+    dead, well = start(), start()
+    dead.cut()
+
+    rig = open_driver(dead=dead, well=well)
+
+    assert timed(lambda: create(rig, "well", "a")) < DEADLINES.open_s
+    with pytest.raises(Unavailable):
+        create(rig, "dead", "a")
+    dead.mend()
+    repeated(lambda: create(rig, "dead", "a"))
+
+
+def test_a_copy_that_a_server_s_death_ends_is_made_anew(
+    start: Start, open_driver: Callable[..., Rig]
+) -> None:
+    server = start()
+    rig = open_driver(p=server)
+    original = create(rig, "p", "a")
+    data = rig.pool.config.root / "volumes" / original / "data"
+    (data / "big").write_bytes(os.urandom(24 * MIB))
+    (data / "link").symlink_to("big")
+    os.chmod(data, 0o2775)
+    server.freeze()
+
+    with pytest.raises((Unavailable, Error)):
+        create(rig, "p", "b", Source(SourceKind.VOLUME, original))
+    server.thaw()
+    clone = str(repeated(lambda: create(rig, "p", "b", Source(SourceKind.VOLUME, original))))
+
+    copied = rig.pool.config.root / "volumes" / clone / "data"
+    assert (copied / "big").read_bytes() == (data / "big").read_bytes()
+    assert os.readlink(copied / "link") == "big" and copied.stat().st_mode & 0o7777 == 0o2775
+    assert not os.listdir(rig.pool.config.root / "staging")
+
+
+def test_a_class_says_what_becomes_of_deleted_volumes(start: Start, open_driver: Callable[..., Rig]) -> None:
+    server = start(KernelServer)
+    rig = open_driver(p=server)
+    root = rig.pool.config.root
+    made = {kind: create(rig, "p", kind, onDelete=kind) for kind in ("delete", "retain", "archive")}
+    for kind, volume_id in made.items():
+        (root / "volumes" / volume_id / "data/file").write_text(kind)
+
+    for volume_id in made.values():
+        rig.controller.delete_volume(volume_id)
+        rig.controller.delete_volume(volume_id)
+    rig.settle()
+
+    (kept,) = (root / "kept").iterdir()
+    assert kept.name.startswith(made["retain"]) and (kept / "data/file").read_text() == "retain"
+    (archived,) = (root / "archive").iterdir()
+    assert archived.name.startswith("archive-2") and (archived / "file").read_text() == "archive"
+    assert not os.listdir(root / "trash") and not os.listdir(root / "volumes")
+    # The name is free again.
+    assert create(rig, "p", "retain") == made["retain"]
+    assert not os.listdir(root / "volumes" / made["retain"] / "data")
+
+
+def test_a_class_of_another_driver_is_understood(start: Start, open_driver: Callable[..., Rig]) -> None:
+    server = start(KernelServer)
+    rig = open_driver(p=server)
+    before = (server.export / "share").stat()
+
+    asked = volume(
+        "a",
+        16 * MIB,
+        capabilities=MANY,
+        server=server.address,
+        share="/share",
+        subDir="x/${pv.metadata.name}",
+        mountPermissions="2770",
+        uid="7",
+        gid="8",
+    )
+    made = rig.controller.create_volume(replace(asked, pv_name="pv-1"))
+
+    data = (rig.pool.config.root / "volumes" / made.id / "data").stat()
+    assert (oct(data.st_mode)[-4:], data.st_uid, data.st_gid) == ("2770", 7, 8)
+    assert made.context["subPath"] == "x/pv-1"
+    after = (server.export / "share").stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    with pytest.raises(InvalidArgument, match="no pool"):
+        rig.controller.create_volume(
+            volume("b", 16 * MIB, capabilities=MANY, server=server.address, share="/other")
+        )
+
+
+def test_a_server_that_shares_blocks_copies_nothing(start: Start, open_driver: Callable[..., Rig]) -> None:
+    rig = open_driver(p=start(KernelServer))
+    original = create(rig, "p", "a")
+    big = rig.pool.config.root / "volumes" / original / "data/big"
+    big.write_bytes(os.urandom(64 * MIB))
+    os.sync()
+    before = os.statvfs(rig.pool.config.root)
+
+    clone = create(rig, "p", "b", Source(SourceKind.VOLUME, original))
+
+    after = os.statvfs(rig.pool.config.root)
+    assert (before.f_bfree - after.f_bfree) * after.f_frsize < 16 * MIB
+    assert (rig.pool.config.root / "volumes" / clone / "data/big").read_bytes() == big.read_bytes()
+
+
+def test_snapshots_are_copies_that_outlive_their_volume(
+    start: Start, open_driver: Callable[..., Rig]
+) -> None:
+    rig = open_driver(p=start(KernelServer))
+    original = create(rig, "p", "a")
+    (rig.pool.config.root / "volumes" / original / "data/file").write_text("then")
+
+    snapshot = rig.snapshots.create("s", original, {}, TopologyRequirement())
+    rig.controller.delete_volume(original)
+    restored = create(rig, "p", "b", Source(SourceKind.SNAPSHOT, snapshot.record.id))
+
+    assert (rig.pool.config.root / "volumes" / restored / "data/file").read_text() == "then"
+    assert 0 < rig.controller.capacity((), {}, None).available_bytes < GIB
+
+
+def test_an_export_whose_handles_changed_is_not_taken_for_the_pool(
+    start: Start, open_driver: Callable[..., Rig], make_disk: Callable[..., Disk]
+) -> None:
+    server = start(KernelServer)
+    assert isinstance(server, KernelServer)
+    rig = open_driver(p=server)
+    create(rig, "p", "a")
+    other = make_disk("xfs", size="320M")
+    (other.target / "share").mkdir()
+
+    server.replace_export(other.target)
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            create(rig, "p", "b")
+        time.sleep(2)
+    assert not os.listdir(other.target / "share")
