@@ -18,7 +18,6 @@ from typing import Self
 
 import msgspec
 
-from csi_driver import mutable
 from csi_driver.backends.base import Backend, Store
 from csi_driver.backing import Backing
 from csi_driver.catalog import AREAS, SNAPSHOTS, Catalog, Home
@@ -49,13 +48,12 @@ from csi_driver.model import (
 )
 from csi_driver.shares import Shares
 from csi_driver.space import Space
+from csi_driver.trash import Trash
 
 log = logging.getLogger(__name__)
 
 # Counting is linear in the volumes; calls that are refused one after the other share one count.
 _COUNT_AGAIN_S = 1.0
-_CLOCK_SLACK_S = 60.0
-_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +85,7 @@ class Pool:
         self._counted_at = 0.0
         # Thousands of volumes come from a few classes.
         self._parsed = lru_cache(maxsize=64)(self._parse)
-        # By the names of homes in the trash: their records are read once.
-        self._retentions: dict[str, float] = {}
-        self._emptying = threading.Lock()
+        self._trash = Trash(catalog, config, self._remove, self._rename)
         self.on_trash: Callable[[], None] = lambda: None
         self.adopted = False
         self.damaged: dict[str, str] = {}
@@ -318,7 +314,7 @@ class Pool:
             )
         if self._keep(home):
             return
-        self._trash(home, keep=keep)
+        self._throw_away(home, keep=keep)
 
     def create_group(self, record: GroupRecord) -> Home:
         """Make a group, which its snapshots, made before, have waited for."""
@@ -333,58 +329,17 @@ class Pool:
 
     def delete_group(self, home: Home) -> None:
         """Take a group out of existence; its snapshots are to follow."""
-        self._trash(home, keep=False)
+        self._throw_away(home, keep=False)
 
     def delete_snapshot(self, home: Home) -> None:
         """Take a snapshot out of existence; what was restored from it stays. Its files go as a volume's do."""
-        self._trash(home, keep=True)
+        self._throw_away(home, keep=True)
 
     # Maintenance
 
     def empty_trash(self, now: float | None = None) -> float | None:
         """Remove what was deleted longer than its retention ago; seconds until the next is due, None for none."""
-        with self._emptying:
-            return self._empty_trash(time.time() if now is None else now)
-
-    def _empty_trash(self, now: float) -> float | None:
-        due: list[float] = []
-        failures: list[OSError | Error] = []
-        for found, when in list(self.catalog.trashed()):
-            retention_s = self._retention_s(found)
-            home, wait = found, when + retention_s - now
-            if when > now + _CLOCK_SLACK_S:
-                # Deleted while the clock was ahead: kept from now on, not for so much longer.
-                home, wait = self._redate(found), retention_s
-            if wait > 0:
-                due.append(wait)
-                continue
-            try:
-                with self.space.release(home.name):
-                    self._discard(home)
-                self._settle_held(self._shares.drop(home.name))
-                self._retentions.pop(home.name, None)
-            except (OSError, Error) as error:
-                # One that cannot go yet (something is mounted in it) must not keep the others.
-                failures.append(error)
-        if failures:
-            raise failures[0]
-        return min(due, default=None)
-
-    def _retention_s(self, trashed: Home) -> float:
-        """How long it is kept: as its volume's class says, else as the pool does."""
-        known = self._retentions.get(trashed.name)
-        if known is not None:
-            return known
-        own: float | None = None
-        try:
-            own = mutable.parse(self.catalog.mutable(trashed)).retention_s
-        except Unavailable:
-            raise
-        except (OSError, Error, msgspec.ValidationError) as error:
-            log.error("pool %s: %s: kept as the pool says: %s", self.name, trashed.path, error)
-        kept = self.config.retention_s if own is None else own
-        self._retentions[trashed.name] = kept
-        return kept
+        return self._trash.empty(time.time() if now is None else now)
 
     def refresh(self) -> None:
         """Count again what volumes have taken of the filesystem."""
@@ -537,16 +492,25 @@ class Pool:
                 if promised:
                     self.space.share(volume_id, promised + held, self.space.written(volume_id))
 
-    def _trash(self, home: Home, *, keep: bool) -> None:
+    def _throw_away(self, home: Home, *, keep: bool) -> None:
         try:
             trashed = self.catalog.trash(home, keep=keep)
         except OSError:
             if not self.catalog.stands(home):
                 self.space.forget(home.id)
             raise
-        self._shares.move(home.id, trashed.name)
-        self.space.move(home.id, trashed.name)
+        self._rename(home.id, trashed.name)
         self.on_trash()
+
+    def _rename(self, name: str, new_name: str) -> None:
+        """A home goes by another name now, in the trash."""
+        self._shares.move(name, new_name)
+        self.space.move(name, new_name)
+
+    def _remove(self, home: Home) -> None:
+        with self.space.release(home.name):
+            self._discard(home)
+        self._settle_held(self._shares.drop(home.name))
 
     # Building
 
@@ -594,20 +558,9 @@ class Pool:
         """What is refused must be refused for what is there now: volumes may have written since they were counted."""
         if needed <= self.space.available():
             return
-        self._empty_due_trash()
+        self._trash.empty_due()
         if needed > self.space.available() and time.monotonic() - self._counted_at > _COUNT_AGAIN_S:
             self.refresh()
-
-    def _empty_due_trash(self) -> None:
-        """Give back at once what deleted volumes hold, where maintenance has not got to it yet."""
-        if not self._emptying.acquire(timeout=_PATIENCE_S):
-            return  # it is at work on something large
-        try:
-            self._empty_trash(time.time())
-        except (OSError, Error) as error:
-            log.error("pool %s: the trash cannot be emptied: %s", self.name, error)
-        finally:
-            self._emptying.release()
 
     def _check_name(self, volume_id: str) -> None:
         parsed = VolumeId.find(volume_id)
@@ -639,12 +592,6 @@ class Pool:
             raise Aborted(
                 f"volume {volume_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
             ) from error
-
-    def _redate(self, home: Home) -> Home:
-        redated = self.catalog.trash(home)
-        self._retentions.pop(home.name, None)
-        self.space.move(home.name, redated.name)
-        return redated
 
     def _discard(self, home: Home) -> None:
         self.backend.clear(home)

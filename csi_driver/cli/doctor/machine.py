@@ -15,6 +15,7 @@ from csi_driver.linux import features, loop, privileges
 from csi_driver.linux.child import Child
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.linux.run import PACKAGES
+from csi_driver.linux.throttle import Throttle
 
 KERNEL, TOOLS, LOOPS = "kernel", "tools", "loop devices"
 VERSION_TIMEOUT_S = 5.0
@@ -67,6 +68,8 @@ def look_at_kernel() -> Iterator[Finding]:
     for feature in _FEATURES:
         yield _tried(feature)
     yield from _look_at_rights()
+    problem = Throttle().problem()
+    yield ok(KERNEL, f"no I/O limits for volumes: {problem}" if problem else "volumes can have I/O limits")
 
 
 def look_at_tools() -> Iterator[Finding]:
