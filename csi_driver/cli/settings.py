@@ -13,7 +13,7 @@ from rich.table import Table
 
 from csi_driver import backends
 from csi_driver.cli import terminal, words
-from csi_driver.config import DEFAULT_PATH, DRIVER_NAME, Config, PoolConfig, load
+from csi_driver.config import DEFAULT_PATH, DRIVER_NAME, BackingConfig, Config, PoolConfig, load
 from csi_driver.errors import ConfigurationError
 from csi_driver.values import Reserved
 
@@ -35,6 +35,7 @@ class _Pool:
     retention_s: float
     classes: tuple[str, ...]
     is_default: bool
+    backing: dict[str, Any] | None
     options: dict[str, Any]
 
 
@@ -101,8 +102,28 @@ def _pool(config: Config, pool: PoolConfig, enforcing: Mapping[str, bool]) -> _P
         retention_s=pool.retention_s,
         classes=pool.classes,
         is_default=is_default or len(config.pools) == 1,
+        backing=_backing(pool.backing) if pool.backing else None,
         options=dict(pool.options),
     )
+
+
+def _backing(backing: BackingConfig) -> dict[str, Any]:
+    return {
+        "device" if backing.is_device else "file": str(backing.target),
+        "filesystem": backing.fs_type,
+        "size_bytes": backing.size_bytes,
+        "preallocate": backing.preallocate,
+    }
+
+
+def _place(pool: _Pool) -> str:
+    """Where a pool is, and what the driver makes and mounts for that."""
+    if pool.backing is None:
+        return pool.root
+    backing = pool.backing
+    size = f" of {words.size(backing['size_bytes'])}" if backing["size_bytes"] else ""
+    kind = "preallocated " if backing["preallocate"] else ""
+    return f"{pool.root}\n{kind}{backing['filesystem']}{size} in {backing.get('file') or backing['device']}"
 
 
 def _reserved(reserved: Reserved) -> str:
@@ -125,7 +146,7 @@ def _show(path: Path, config: Config, pools: list[_Pool]) -> None:
         table.add_row(
             f"{pool.name} *" if pool.is_default else pool.name,
             pool.backend,
-            pool.root,
+            _place(pool),
             "enforced" if pool.enforces_capacity else "[yellow]not enforced[/]",
             pool.reserved,
             words.duration(pool.retention_s) if pool.retention_s else "no",

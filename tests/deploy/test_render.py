@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
             "minikube",
             (
                 *("pools.default.backend=image", "pools.default.root=/data/orlop/default"),
+                *("pools.default.backing.file=/data/orlop/default.img", "pools.default.backing.size=50Gi"),
+                "pools.default.backing.filesystem=xfs",
                 *("storageClasses[0].name=orlop", "storageClasses[0].default=true"),
             ),
         ),
@@ -135,6 +138,29 @@ def test_every_container_asks_for_resources_and_pulls_only_when_absent(values: t
     for name, container in containers(chart(*ALL_SIDECARS, *values)).items():
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}, name
         assert container["imagePullPolicy"] == "IfNotPresent", name
+
+
+def test_managed_pools_share_the_directories_that_the_driver_mounts_in() -> None:
+    found = chart(
+        *("pools.a.root=/data/a", "pools.a.backing.file=/data/a.img", "pools.a.backing.size=1Gi"),
+        *("pools.b.root=/data/b", "pools.b.backing.file=/disks/b.img", "pools.b.backing.size=1Gi"),
+        *("pools.c.root=/srv/c", "pools.c.backing.device=/dev/sdb", "pools.d.root=/srv/d"),
+    )
+    paths = {
+        mount["mountPath"]: mount.get("mountPropagation")
+        for mount in containers(found)["driver"]["volumeMounts"]
+        if mount["name"].startswith(("pool-", "backing-"))
+    }
+    config = tomllib.loads(found["ConfigMap", "orlop-config"]["data"]["config.toml"])
+
+    assert paths == {
+        "/data": "Bidirectional",
+        "/disks": "HostToContainer",
+        "/srv": "Bidirectional",
+        "/srv/d": "HostToContainer",
+    }
+    assert config["pools"]["b"]["backing"] == {"file": "/disks/b.img", "size": "1Gi"}
+    assert config["pools"]["c"]["backing"] == {"device": "/dev/sdb"}
 
 
 def test_the_standard_sidecars_are_a_switch() -> None:
@@ -237,6 +263,9 @@ def test_every_right_says_who_needs_it() -> None:
         ("pools.Fast.root=/x", "Fast"),
         ("pools.fast.backend=zfs", "backend"),
         ("pools.fast.root=relative", "root"),
+        ("pools.fast.root=/a/b,pools.fast.backing.device=sdb", "device"),
+        ("pools.fast.root=/a/b,pools.fast.backing.file=/a/f", "size"),
+        ("pools.fast.root=/fast,pools.fast.backing.device=/dev/sdb", "another directory than /"),
         ("registration=both", "registration"),
         ("shared.pools.team.backend=image", "backend"),
         ("shared.node.httpport=1", "httpport"),

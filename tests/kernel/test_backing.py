@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import pytest
 
 from csi_driver import backing, config
 from csi_driver.backing import identity, making
+from csi_driver.cli.doctor.pools import look_at_pool
 from csi_driver.config import PoolConfig
 from csi_driver.errors import ConfigurationError, ResourceExhausted
 from csi_driver.linux import holes, mount
@@ -513,6 +515,63 @@ def test_snapshots_are_instant_on_a_managed_pool_over_ext4(place: Place, make_po
         scene.end(restored, "again")
         scene.end(made)
         scene.rig.close()
+
+
+def in_a_pod(place: Place) -> None:
+    """`ensure` in mounts of its own, which propagate as those of a pod with Bidirectional do; it ends at once."""
+    text = f'[pools.fast]\nroot = "{place.root}"\nbacking = {{ file = "{place.target}", size = {SIZE} }}\n'
+    code = f"from csi_driver import backing, config; backing.ensure(config.parse({text!r}).pools['fast'])"
+    command = ["unshare", "--mount", "--propagation=unchanged", sys.executable, "-c", code]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_the_mount_is_the_nodes_and_outlives_the_pod(place: Place) -> None:
+    above = place.root.parent
+    above.mkdir()
+    subprocess.run(["mount", "--bind", above, above], check=True)
+    subprocess.run(["mount", "--make-shared", above], check=True)
+    try:
+        in_a_pod(place)
+        assert len(what_is_mounted(place.root)) == len(place.loops()) == 1
+        (place.root / "kept").write_text("yes")
+
+        in_a_pod(place)
+
+        assert len(what_is_mounted(place.root)) == len(place.loops()) == 1
+        place.reboot()
+        in_a_pod(place)
+        assert (place.root / "kept").read_text() == "yes"
+    finally:
+        place.reboot()
+        unmount(above)
+
+
+def diagnosis(pool: PoolConfig) -> tuple[set[str], str]:
+    findings = list(look_at_pool(pool))
+    return {finding.level for finding in findings}, "\n".join(finding.what for finding in findings)
+
+
+def test_the_doctor_knows_managed_pools(place: Place, make_pool: MakePool) -> None:
+    levels, said = diagnosis(place.pool())
+    assert levels == {"ok"}
+    assert "is not there: the driver makes the pool's xfs there" in said
+    place.root.mkdir(parents=True)
+    (place.root / "other").touch()
+    assert "it would hide 'other'" in diagnosis(place.pool())[1]
+    (place.root / "other").unlink()
+    backing.ensure(place.pool())
+    levels, said = diagnosis(place.pool())
+    assert "holds the pool's own xfs, uuid 6f726c6f-70" in said
+    assert "reflink): yes" in said
+    assert "error" not in levels
+    assert "error" in diagnosis(place.pool("btrfs"))[0]
+    place.reboot()
+
+    with small_host(place, make_pool, 300 * MIB):
+        levels, said = diagnosis(place.pool(size=2 * GIB))
+        assert "2 GiB of 2 GiB still to come" in said
+        assert "warning" in levels
+        assert "error" in diagnosis(place.pool(size=2 * GIB, more=", preallocate = true"))[0]
 
 
 def test_staged_volumes_go_on_over_a_restart_and_need_no_second_loop(place: Place) -> None:

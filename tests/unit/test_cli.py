@@ -112,6 +112,21 @@ def test_config_check_as_json_says_which_pool_takes_what_names_none(tmp_path: Pa
     assert (pools["loose"]["is_default"], pools["loose"]["enforces_capacity"]) == (False, False)
 
 
+def test_config_check_tells_where_a_managed_pools_filesystem_lies(tmp_path: Path) -> None:
+    backing = 'backing = { file = "/data/fast.img", size = "50Gi" }\n'
+    file = written(tmp_path / "good.toml", IMAGE_POOL + backing)
+
+    document = json.loads(orlop("config", "check", "--json", file).stdout)
+
+    assert "xfs of 50 GiB in" in orlop("config", "check", file).stdout
+    assert document["pools"][0]["backing"] == {
+        "file": "/data/fast.img",
+        "filesystem": "xfs",
+        "size_bytes": 50 << 30,
+        "preallocate": False,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

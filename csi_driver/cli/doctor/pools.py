@@ -11,8 +11,9 @@ from pathlib import Path
 
 from csi_driver.cli import records, words
 from csi_driver.cli.doctor.finding import Finding, error, ok, warning
+from csi_driver.cli.doctor.managed import look_at_backing
 from csi_driver.config import PoolConfig
-from csi_driver.linux import btrfs, files, quota
+from csi_driver.linux import btrfs, files, mount, quota
 
 
 def look_at_pool(config: PoolConfig) -> Iterator[Finding]:
@@ -27,6 +28,10 @@ def look_at_pool(config: PoolConfig) -> Iterator[Finding]:
 
 
 def _look_at_pool(area: str, config: PoolConfig) -> Iterator[Finding]:
+    if config.backing:
+        yield from look_at_backing(area, config, config.backing)
+        if mount.find_mounted(config.root) is None:
+            return  # what is beneath the mount is no pool
     if not config.root.is_dir():
         yield from _missing_root(area, config)
         return

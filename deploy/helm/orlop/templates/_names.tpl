@@ -23,7 +23,47 @@ app.kubernetes.io/component: {{ .component }}
 {{ .Values.pools | default (dict "default" (dict "backend" "image" "root" "/var/lib/orlop/default")) | toJson }}
 {{- end }}
 
-{{/* The driver's configuration file. Scalars and lists are written as JSON, which TOML reads as well. */}}
+{{/*
+What the driver sees of a node for its pools: path to the volume's name and the mount's propagation. A managed pool is
+mounted by the driver in the directory above its root, and that mount must be the node's, which outlives the driver.
+*/}}
+{{- define "orlop.poolPaths" -}}
+{{- $paths := dict }}
+{{- $pools := include "orlop.pools" . | fromJson }}
+{{- range $name, $pool := $pools }}
+{{- if $pool.backing }}
+{{- if or (eq (dir $pool.root) "/") (eq (dir ($pool.backing.file | default "/dev/x")) "/") }}
+{{- fail (printf "pools.%s: root and file of a managed pool must lie in another directory than /" $name) }}
+{{- end }}
+{{- if not (hasKey $paths (dir $pool.root)) }}
+{{- $_ := set $paths (dir $pool.root) (dict "name" (printf "pool-%s" $name) "propagation" "Bidirectional") }}
+{{- end }}
+{{- else }}
+{{- $_ := set $paths $pool.root (dict "name" (printf "pool-%s" $name) "propagation" "HostToContainer") }}
+{{- end }}
+{{- end }}
+{{- range $name, $pool := $pools }}
+{{- with (($pool.backing | default dict).file) }}
+{{- if not (hasKey $paths (dir .)) }}
+{{- $_ := set $paths (dir .) (dict "name" (printf "backing-%s" $name) "propagation" "HostToContainer") }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- toJson $paths }}
+{{- end }}
+
+{{/* A value in TOML. Scalars and lists are written as JSON, which TOML reads as well. */}}
+{{- define "orlop.toml" -}}
+{{- if kindIs "map" . -}}
+{{- $keys := list }}
+{{- range $key, $value := . }}{{ $keys = append $keys (printf "%s = %s" $key (toJson $value)) }}{{ end -}}
+{ {{ join ", " $keys }} }
+{{- else -}}
+{{ toJson . }}
+{{- end -}}
+{{- end }}
+
+{{/* The driver's configuration file. */}}
 {{- define "orlop.config" -}}
 driver_name = {{ toJson .Values.driverName }}
 region = {{ toJson .Values.region }}
@@ -35,7 +75,7 @@ zone = {{ toJson .Values.zone }}
 
 [pools.{{ $name }}]
 {{- range $key, $value := $pool }}
-{{ $key }} = {{ toJson $value }}
+{{ $key }} = {{ include "orlop.toml" $value }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -80,8 +120,8 @@ readOnlyRootFilesystem: true
 - {name: kubelet, mountPath: {{ .Values.kubeletDir }}, mountPropagation: Bidirectional}
 - {name: dev, mountPath: /dev}
 - {name: tmp, mountPath: /tmp}
-{{- range $name, $pool := include "orlop.pools" . | fromJson }}
-- {name: pool-{{ $name }}, mountPath: {{ $pool.root }}, mountPropagation: HostToContainer}
+{{- range $path, $volume := include "orlop.poolPaths" . | fromJson }}
+- {name: {{ $volume.name }}, mountPath: {{ $path }}, mountPropagation: {{ $volume.propagation }}}
 {{- end }}
 {{- range $index, $root := .Values.staticRoots }}
 - {name: static-{{ $index }}, mountPath: {{ $root }}, mountPropagation: HostToContainer}
@@ -99,9 +139,9 @@ readOnlyRootFilesystem: true
   hostPath: {path: /dev, type: Directory}
 - name: tmp
   emptyDir: {}
-{{- range $name, $pool := include "orlop.pools" . | fromJson }}
-- name: pool-{{ $name }}
-  hostPath: {path: {{ $pool.root }}, type: DirectoryOrCreate}
+{{- range $path, $volume := include "orlop.poolPaths" . | fromJson }}
+- name: {{ $volume.name }}
+  hostPath: {path: {{ $path }}, type: DirectoryOrCreate}
 {{- end }}
 {{- range $index, $root := .Values.staticRoots }}
 - name: static-{{ $index }}
