@@ -53,6 +53,7 @@ class Kind:
     filesystem: str = ""
     """What its pool is put on, mounted for the test; "" for any directory, without root."""
     options: str = ""
+    """Further lines of its configuration; @ROOT@ is where the pool is."""
     tools: tuple[str, ...] = field(default=())
     """Programs it runs."""
     size_bytes: int = 16 * MIB
@@ -78,6 +79,15 @@ SHARING = (
     Kind("image-xfs", "image", "xfs", tools=("mkfs.ext4",), written_at_once=True),
     Kind("image-btrfs", "image", "btrfs", tools=("mkfs.ext4",), written_at_once=True),
     Kind("directory-xfs", "directory", "xfs", "enforce_capacity = false\n"),
+)
+# A filesystem of the pool's own, in a file on an ext4 that cannot share.
+MANAGED = Kind(
+    "image-managed",
+    "image",
+    "ext4",
+    'backing = { file = "@ROOT@.img", size = "960Mi" }\n',
+    tools=("mkfs.ext4", "mkfs.xfs"),
+    written_at_once=True,
 )
 THIN = Kind("image-thin", "image", "ext4", 'provisioning = "thin"\novercommit = 2.0\n', tools=("mkfs.ext4",))
 
@@ -127,6 +137,7 @@ class Rig:
 
 def configure(kind: Kind, root: Path, *, name: str = "p", extra: str = 'reserved = "0%"\n') -> PoolConfig:
     text = f'[pools.{name}]\nbackend = "{kind.backend}"\nroot = "{root}"\n{kind.options}{extra}'
+    text = text.replace("@ROOT@", str(root))
     return config.parse(text).pools[name]
 
 

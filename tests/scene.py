@@ -15,7 +15,7 @@ from pathlib import Path
 
 from csi_driver.model import AccessMode
 from tests.conftest import require_root, require_tool
-from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged
+from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged, unmount
 
 CLONE_NEWNS = 0x20000
 # What a closed device may need until the kernel has tidied up.
@@ -35,6 +35,11 @@ class Scene:
     filesystem: Path | None
     """What the pool lies on, if it is one of its own."""
     current: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def mounted(self) -> Path | None:
+        """Where the pool's filesystem is mounted: a managed pool has its own."""
+        return self.root if self.root.is_mount() else self.filesystem
 
     def open(self, extra: str = 'reserved = "0%"\n') -> Rig:
         """A driver; the one before it is closed first, as by a restart."""
@@ -117,8 +122,20 @@ def set_up(kind: Kind, place: Path, size_bytes: int = 1 << 30) -> Iterator[Scene
     require_tool(f"mkfs.{kind.filesystem}", "mount", "umount", "losetup", *kind.tools)
     with mounted(kind.filesystem, place, size_bytes) as filesystem:
         scene = Scene(kind, place, filesystem / "pool", filesystem)
-        with scene.current:
-            yield scene
+        try:
+            with scene.current:
+                yield scene
+        finally:
+            end_managed(scene.root)
+
+
+def end_managed(root: Path) -> None:
+    """The filesystem of a managed pool is left mounted by its driver."""
+    if not root.is_mount():
+        return
+    unmount(root)
+    for device in loops_beneath(root.parent):
+        subprocess.run(["losetup", "--detach", device.split()[0]], check=True)
 
 
 @contextmanager

@@ -148,8 +148,8 @@ def test_store_is_the_pools_filesystem(scene: Scene) -> None:
     store = scene.open().backend.store()
 
     assert 0 < store.free_bytes <= store.total_bytes
-    if scene.filesystem is not None:
-        found = os.statvfs(scene.filesystem)
+    if scene.mounted is not None:
+        found = os.statvfs(scene.mounted)
         assert store.total_bytes == found.f_blocks * found.f_frsize
 
 

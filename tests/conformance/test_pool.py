@@ -285,16 +285,16 @@ def test_second_driver_is_refused(scene: Scene) -> None:
 def test_read_only_filesystem_is_no_room_here_and_told(real_scene: Scene) -> None:
     rig = real_scene.open()
     volume_id = create(real_scene, rig)
-    assert real_scene.filesystem is not None
+    assert real_scene.mounted is not None
 
-    subprocess.run(["mount", "-o", "remount,ro", real_scene.filesystem], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", real_scene.mounted], check=True)
     try:
         with pytest.raises(ResourceExhausted, match=r"[Rr]ead-only"):
             create(real_scene, rig, "b")
         assert [entry.reason for entry in rig.health.of_storage()] == ["PoolPReadOnly"]
         assert rig.controller.get_volume(volume_id).id == volume_id
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", real_scene.filesystem], check=True)
+        subprocess.run(["mount", "-o", "remount,rw", real_scene.mounted], check=True)
     create(real_scene, rig, "b")
 
 

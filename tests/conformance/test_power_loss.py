@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csi_driver.model import CapacityRange
 from tests.rig import Rig, configure, open_rig, unmount, volume
-from tests.scene import Scene
+from tests.scene import Scene, end_managed
 
 
 def image_as_it_is(scene: Scene) -> Path:
@@ -27,12 +27,14 @@ def booted(scene: Scene, copy: Path) -> Iterator[Rig]:
     """A driver over the copy. The first filesystem is gone then: two with one uuid are not mounted together."""
     assert scene.filesystem is not None
     scene.current.close()
+    end_managed(scene.root)
     unmount(scene.filesystem)
     subprocess.run(["mount", "-o", "loop", "--make-private", copy, scene.filesystem], check=True)
     try:
         with open_rig(configure(scene.kind, scene.root)) as rig:
             yield rig
     finally:
+        end_managed(scene.root)
         unmount(scene.filesystem)
         copy.unlink()
         # For who unmounts at the end.
