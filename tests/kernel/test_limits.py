@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver import modify, mutable
+from csi_driver import mutable
+from csi_driver.app import build
 from csi_driver.backends.base import Device
+from csi_driver.config import parse
 from csi_driver.errors import FailedPrecondition, InvalidArgument
 from csi_driver.linux.throttle import Throttle
 from csi_driver.model import (
@@ -27,7 +29,7 @@ from csi_driver.model import (
 )
 from csi_driver.mutable import IoLimits
 from tests.kernel.node_scene import Scene
-from tests.rig import capability
+from tests.rig import capability, open_rig
 
 pytestmark = pytest.mark.kernel
 SIZE = 16 * MIB
@@ -106,8 +108,9 @@ def test_limits_are_set_again_after_a_restart_of_driver_and_machine(scene: Scene
     scene.run(volume)
     (cgroups / "kubepods" / "io.max").write_text("")
 
-    scene.restart()
-    modify.adopt(scene.rig.pools)
+    scene.rig.close()
+    build(parse(scene.text)).close()
+    scene.rig = open_rig(parse(scene.text).pools["p"])
     assert Throttle(cgroups).limits_of(number_of(scene, volume)) == LIMITS
 
     scene.end(volume)
