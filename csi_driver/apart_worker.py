@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from csi_driver import apart, backends
+from csi_driver import apart, backends, backing
 from csi_driver.apart import DONE, FAILED, LATER, STEP, Opened, Opening, Order
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog, Home
@@ -78,6 +78,7 @@ class _Place:
 
 
 def _open(config: PoolConfig, backend: Backend, tag: str) -> Catalog:
+    backing.check_mounted(config)
     backend.check()
     try:
         os.stat(config.root)
@@ -86,6 +87,8 @@ def _open(config: PoolConfig, backend: Backend, tag: str) -> Catalog:
     except OSError as error:
         if error.errno not in export.GONE:
             raise
+        if backend.features.export is None:
+            raise  # others have mounted it
         # Mounted, and of no use any more.
         mount.unmount(config.root, lazy=True)
         backend.check()

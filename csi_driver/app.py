@@ -22,7 +22,7 @@ from csi_driver import apart, backends, backing, modify
 from csi_driver import config as configuration
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
-from csi_driver.config import Config, PoolConfig
+from csi_driver.config import SHARED_BACKENDS, Config, PoolConfig
 from csi_driver.controller import Controller
 from csi_driver.copies import Copier
 from csi_driver.errors import ConfigurationError
@@ -121,7 +121,7 @@ def build(config: Config) -> Driver:
             pools, locks, health, copier, info.segments, expands=features.grows_in_controller
         )
         # Volumes that every node reaches are mounted by what their context says, as on nodes that have no pools.
-        exports = Exports(EXPORTS_DIR / config.driver_name, servers) if config.scope == "shared" else None
+        exports = _exports(config, servers) if config.scope == "shared" else None
         node = Node(pools if exports is None else Pools({}), locks, health, info, exports)
         services = csi_pb2.DESCRIPTOR.services_by_name
         handlers = Interceptor(
@@ -207,19 +207,15 @@ def _drain(server: Server, driver: Driver, timeout_s: float) -> None:
 
 
 def _open_pool(config: PoolConfig, servers: Servers, undo: ExitStack) -> Pool:
-    mounted = backing.ensure(config)
-    if config.mounted and not os.path.ismount(config.root):
-        raise ConfigurationError(
-            f"{config.where} root {str(config.root)!r}: nothing is mounted there, and `mounted = true` demands it: "
-            "mount the pool's disk first"
-        )
-    backend = backends.create(config)
-    server = backend.features.server
-    if server:
+    if config.shared:
         # Opened when it is first wanted: its server may be away, and the others' volumes do not wait for it.
-        pool = Pool(config, *apart.stand_ins(config, backend, servers.breaker(server)))
-        undo.callback(pool.close)
-        return pool
+        local = backends.create(config)
+        apart_pool = Pool(config, *apart.stand_ins(config, local, servers.breaker(local.features.server)))
+        undo.callback(apart_pool.close)
+        return apart_pool
+    mounted = backing.ensure(config)
+    backing.check_mounted(config)
+    backend = backends.create(config)
     # First, lest a pool that cannot work here leaves its mark in the directory.
     backend.check()
     catalog = Catalog.open(config.root, config.backend)
@@ -240,6 +236,11 @@ def _features(config: Config, pools: Pools) -> DriverFeatures:
         grows_on_node=grows and config.scope == "node",
         shared=config.scope == "shared",
     )
+
+
+def _exports(config: Config, servers: Servers) -> Exports:
+    roots = {name: pool.root for name, pool in config.pools.items() if pool.backend not in SHARED_BACKENDS}
+    return Exports(EXPORTS_DIR / config.driver_name, servers, roots=roots)
 
 
 def _metadata(features: DriverFeatures, pools: Pools, locks: Locks) -> object:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from csi_driver.errors import ConfigurationError, Error, NotFound, ResourceExhausted
+from csi_driver.errors import Aborted, ConfigurationError, Error, NotFound, ResourceExhausted
 from csi_driver.linux import files
 from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
 
@@ -29,7 +29,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 SCHEMA = 1
 POOL_FILE = "pool.json"
 RECORD_FILE, SNAPSHOT_FILE, GROUP_FILE = "volume.json", "snapshot.json", "group.json"
-LOCK_FILE = "lock"
+LOCK_FILE, LOCKS = "lock", "locks"
 AREAS = VOLUMES, SNAPSHOTS, GROUPS, STAGING, TRASH = "volumes", "snapshots", "groups", "staging", "trash"
 KEPT, ARCHIVE = "kept", "archive"
 """What deleted volumes leave behind whose class says so; the driver never looks into them."""
@@ -76,8 +76,13 @@ class Home:
 class Catalog:
     """The homes of one pool. Holds the pool's lock for as long as it is open."""
 
-    def __init__(self, root: Path, root_fd: int, lock_fd: int, pool: PoolRecord) -> None:
+    def __init__(
+        self, root: Path, root_fd: int, lock_fd: int, pool: PoolRecord, *, exclusive: bool = True
+    ) -> None:
         self.root = root
+        # Where others work in the pool too, what is in staging belongs to whoever holds its lock.
+        self._locks_fd = None if exclusive else files.ensure_directory(root_fd, LOCKS, mode=0o700)
+        self._claims: dict[str, int] = {}
         self.root_fd = root_fd
         self.tag = _tag(pool)
         self._lock_fd = lock_fd
@@ -106,7 +111,7 @@ class Catalog:
                 "one driver process serves a pool"
             )
         try:
-            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend, tag))
+            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend, tag), exclusive=exclusive)
         except BaseException:
             os.close(lock_fd)
             os.close(root_fd)
@@ -114,7 +119,8 @@ class Catalog:
 
     def close(self) -> None:
         """Give the pool's lock back."""
-        for fd in (*self._areas.values(), self._lock_fd, self.root_fd):
+        shared = () if self._locks_fd is None else (self._locks_fd, *self._claims.values())
+        for fd in (*shared, *self._areas.values(), self._lock_fd, self.root_fd):
             os.close(fd)
 
     def is_present(self) -> bool:
@@ -218,7 +224,12 @@ class Catalog:
     # Making and removing
 
     def stage(self, volume_id: str) -> Home:
-        """A new, empty home in staging. What an earlier try left must have been discarded."""
+        """A new, empty home in staging. What an earlier try left must have been discarded.
+
+        Raises:
+            Aborted: another driver that has the pool is making one.
+        """
+        self._claim(volume_id)
         home = self._home(STAGING, volume_id)
         os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
         return home
@@ -228,6 +239,7 @@ class Catalog:
 
         The backend has synced the payload. After a crash the home is either in staging or whole in its place.
         """
+        self._claim(home.id)
         area, file = _PLACES[type(record)]
         home_fd = home.open_directory()
         try:
@@ -239,6 +251,7 @@ class Catalog:
         made = self._home(area, home.id)
         files.rename(home.area_fd, home.name, made.area_fd, made.name)
         files.sync(made.area_fd)
+        self._disclaim(home.id)
         return made
 
     def update(self, home: Home, **changes: Any) -> None:
@@ -291,8 +304,15 @@ class Catalog:
             yield self._home(STAGING, name)
 
     def find_staged(self, volume_id: str) -> Home | None:
-        """The half-made home of this id, if a build has left one."""
-        return self._standing(STAGING, volume_id)
+        """The half-made home of this id, if a build has left one.
+
+        Raises:
+            Aborted: another driver is at it.
+        """
+        found = self._standing(STAGING, volume_id)
+        if found is not None:
+            self._claim(volume_id)
+        return found
 
     def trashed(self) -> Iterator[tuple[Home, float]]:
         """The deleted homes and when each was deleted, in seconds since the epoch."""
@@ -308,7 +328,28 @@ class Catalog:
         """
         if home.area not in (STAGING, TRASH):
             raise Error(f"{home.path}: only staging and trash are ever removed")
+        if home.area == STAGING:
+            self._claim(home.id)
         files.remove_tree(home.area_fd, home.name, check)
+        if home.area == STAGING:
+            self._disclaim(home.id)
+
+    def abandon(self, volume_id: str) -> None:
+        """Leave what is in staging to whoever comes next, if several drivers have the pool."""
+        self._disclaim(volume_id)
+
+    def _claim(self, volume_id: str) -> None:
+        if self._locks_fd is None or volume_id in self._claims:
+            return
+        fd = files.claim(self._locks_fd, volume_id)
+        if fd is None:
+            raise Aborted(f"{volume_id!r}: another driver that has this pool is making it: repeat")
+        self._claims[volume_id] = fd
+
+    def _disclaim(self, volume_id: str) -> None:
+        fd = self._claims.pop(volume_id, None)
+        if fd is not None and self._locks_fd is not None:
+            files.disclaim(fd, self._locks_fd, volume_id)
 
     def _names(self, area: str) -> list[str]:
         # Opened anew: a descriptor has one position that threads would share, and btrfs shows in an open directory

@@ -60,6 +60,8 @@ class PoolConfig:
     classes: tuple[str, ...] = ()
     static_roots: tuple[Path, ...] = ()
     mounted: bool = False
+    shared: bool = False
+    """Every node reaches it, and others may work in it at the same time."""
     backing: BackingConfig | None = None
     copy_bandwidth: int = 0
     """Bytes a second that background copies into the pool may move together; 0: no limit."""
@@ -159,7 +161,9 @@ def parse(text: str, name: str = "configuration") -> Config:
         raise ConfigurationError(
             f"{name}: no pool is configured: add a table [pools.NAME] with at least a root"
         )
-    pools = {pool: _pool(pool, table, name) for pool, table in file.pools.items()}
+    pools = {
+        pool: _pool(pool, table, name, shared=file.scope == "shared") for pool, table in file.pools.items()
+    }
     _check_file(file, pools, name)
     return Config(
         pools=pools,
@@ -189,7 +193,7 @@ def read_options(pool: PoolConfig, kind: type[S]) -> S:
     return _convert(dict(pool.options), kind, pool.where, also_known=_Pool.__struct_fields__)
 
 
-def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
+def _pool(pool: str, table: dict[str, Any], name: str, *, shared: bool) -> PoolConfig:
     where = f"{name}: [pools.{pool}]"
     if not POOL_NAME.fullmatch(pool):
         raise ConfigurationError(
@@ -211,17 +215,18 @@ def _pool(pool: str, table: dict[str, Any], name: str) -> PoolConfig:
         classes=tuple(parsed.classes),
         static_roots=tuple(_absolute(f"{where} static_roots", root) for root in parsed.static_roots),
         mounted=parsed.mounted,
-        backing=_backing(parsed, f"{name}: [pools.{pool}.backing]"),
+        backing=_backing(parsed, f"{name}: [pools.{pool}.backing]", shared=shared),
+        shared=shared,
         copy_bandwidth=_at(f"{where} copy_bandwidth", parse_size, parsed.copy_bandwidth),
         options={key: value for key, value in table.items() if key not in common},
         where=where,
     )
 
 
-def _backing(pool: _Pool, where: str) -> BackingConfig | None:
+def _backing(pool: _Pool, where: str, *, shared: bool) -> BackingConfig | None:
     if not pool.backing:
         return None
-    if pool.backend in SHARED_BACKENDS:
+    if pool.backend in SHARED_BACKENDS or shared:
         raise ConfigurationError(
             f"{where}: a pool of backend {pool.backend!r} lies on its server: leave it out"
         )
@@ -268,10 +273,11 @@ def _backing_size(given: _Backing, where: str) -> int:
 
 def _check_file(file: _File, pools: Mapping[str, PoolConfig], name: str) -> None:
     for pool in pools.values():
-        if (pool.backend in SHARED_BACKENDS) != (file.scope == "shared"):
+        allowed = (*SHARED_BACKENDS, "directory") if file.scope == "shared" else None
+        if (pool.backend in SHARED_BACKENDS) if allowed is None else (pool.backend not in allowed):
             raise ConfigurationError(
-                f"{pool.where} backend {pool.backend!r}: not in a driver of scope {file.scope!r}: file servers have a "
-                'driver of their own, with scope = "shared"'
+                f"{pool.where} backend {pool.backend!r}: not in a driver of scope {file.scope!r}: what all nodes reach (nfs, "
+                'and directories of a filesystem that all have mounted) has a driver of its own, with scope = "shared"'
             )
     if file.driver_name and not _DRIVER_NAME.fullmatch(file.driver_name):
         raise ConfigurationError(

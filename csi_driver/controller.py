@@ -43,7 +43,6 @@ from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.provision import Copying, access_type_of, grown_size, parse_parameters, provision, unsupported
 from csi_driver.staging import mount_flags
-from csi_driver.subpath import expand_sub_path
 
 log = logging.getLogger(__name__)
 
@@ -334,9 +333,5 @@ class Controller:
 
 def _context(pool: Pool, home: Home, record: Record) -> dict[str, str]:
     """What a node needs to know of a volume that it cannot look up in a pool of its own."""
-    export = pool.backend.features.export
-    if export is None:
-        return {}
-    sub_path = expand_sub_path(pool.parameters(record).sub_path, record, None)
     directory = home.path.relative_to(pool.catalog.root) / PAYLOAD_DIRECTORY
-    return static.context_of(export, os.fspath(directory), sub_path)
+    return static.context_of(pool, os.fspath(directory), record)

@@ -531,7 +531,7 @@ class Pool:
                 # Only the last sync failed: it stands, and a repeat finds it or not.
                 raise Aborted(f"{made_id!r}: made, but not surely on disk ({failure}): repeat") from failure
             try:
-                self._discard(home)
+                self._discard_staged(home)
             except (OSError, Error) as error:
                 raise Aborted(
                     f"{made_id!r}: making it failed ({failure}), and so did removing what was made "
@@ -585,13 +585,22 @@ class Pool:
         if leftover is None:
             return
         try:
-            self._discard(leftover)
+            self._discard_staged(leftover)
         except (OSError, Error) as error:
             if isinstance(error, OSError) and error.errno == errno.EROFS:
                 raise
             raise Aborted(
                 f"volume {volume_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
             ) from error
+
+    def _discard_staged(self, home: Home) -> None:
+        try:
+            self._discard(home)
+        except BaseException:
+            # Another driver that has the pool may try.
+            with suppress(Unavailable):
+                self.catalog.abandon(home.id)
+            raise
 
     def _discard(self, home: Home) -> None:
         self.backend.clear(home)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
-from csi_driver.linux.export import Source, find_source
+from csi_driver.linux.export import Source
 from csi_driver.linux.exports import Exports
-from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Stats
+from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Record, Stats
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
@@ -24,7 +24,9 @@ from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
 POOL, PATH = "pool", "path"
 SERVER, SHARE, DIRECTORY, MOUNT_OPTIONS = "server", "share", "directory", "mountOptions"
 """A server's export, by PATH or SHARE; DIRECTORY is one beneath it."""
-_EXPORT_KEYS = (SERVER, PATH, SHARE, DIRECTORY, MOUNT_OPTIONS, PARAMETER)
+_EXPORT_KEYS = (SERVER, PATH, SHARE, DIRECTORY, MOUNT_OPTIONS, PARAMETER, "mode", "uid", "gid")
+_ROOT_KEYS = (POOL, DIRECTORY, PARAMETER, "mode", "uid", "gid")
+"""A directory of a pool that every node has mounted."""
 _SERVER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:.]+\]|[0-9a-fA-F:]+")
 _METADATA_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 
@@ -36,7 +38,7 @@ def is_static(context: Mapping[str, str]) -> bool:
 
 def is_export(context: Mapping[str, str]) -> bool:
     """Whether it lies on a file server that the node is to mount."""
-    return SERVER in context
+    return SERVER in context or (POOL in context and DIRECTORY in context)
 
 
 @contextmanager
@@ -49,35 +51,73 @@ def export_opened(exports: Exports, request: PublishRequest, options: Sequence[s
         Unavailable: the server does not answer.
     """
     context = {key: value for key, value in request.context.items() if not key.startswith(_METADATA_PREFIXES)}
-    unknown = context.keys() - set(_EXPORT_KEYS)
-    if unknown:
-        raise InvalidArgument(unknown_keys("volume_context", unknown, _EXPORT_KEYS))
-    source = Source(
-        f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options)
-    )
+    known = _EXPORT_KEYS if SERVER in context else _ROOT_KEYS
+    if context.keys() - set(known):
+        raise InvalidArgument(unknown_keys("volume_context", context.keys() - set(known), known))
     sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
     path = "/".join(part for part in (context.get(DIRECTORY, ""), sub_path) if part)
-    make = {"mode": 0o755, "uid": 0, "gid": 0} if sub_path else None
+    make = _owner(context) if sub_path else None
+    if SERVER in context:
+        source = Source(
+            f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options)
+        )
+        opened, place = exports.opened(source, path, make), source.source
+    else:
+        root = _root(exports, context, options)
+        opened, place = exports.opened_in(root, path, make), os.fspath(root)
     try:
-        with exports.opened(source, path, make) as fd:
+        with opened as fd:
             yield fd
     except FileNotFoundError as error:
         raise NotFound(
-            f"volume_context: no directory {path or '.'!r} at {source.source!r}: {error}"
+            f"volume_context: no directory {path or '.'!r} at {place!r} (is its filesystem mounted?): {error}"
         ) from error
 
 
-def context_of(source: Source, directory: str, sub_path: str) -> dict[str, str]:
-    """The volume_context by which every node finds a directory of an export."""
-    server, _, path = source.source.partition(":/")
-    context = {
-        SERVER: server,
-        PATH: f"/{path}",
-        DIRECTORY: directory,
-        MOUNT_OPTIONS: ",".join(source.options),
-        PARAMETER: sub_path,
-    }
+def context_of(pool: Pool, directory: str, record: Record) -> dict[str, str]:
+    """The volume_context by which every node finds a directory of a pool on a server; empty for other pools."""
+    if not pool.is_apart:
+        return {}
+    parameters, export = pool.parameters(record), pool.backend.features.export
+    context = {POOL: pool.name}
+    if export is not None:
+        server, _, path = export.source.partition(":/")
+        context = {SERVER: server, PATH: f"/{path}", MOUNT_OPTIONS: ",".join(export.options)}
+    context |= {DIRECTORY: directory, PARAMETER: expand_sub_path(parameters.sub_path, record, None)}
+    if context[PARAMETER]:
+        mode = "" if parameters.mode is None else f"{parameters.mode:o}"
+        owner = {"uid": parameters.uid, "gid": parameters.gid}
+        context |= {"mode": mode, **{key: str(value) for key, value in owner.items() if value is not None}}
     return {key: value for key, value in context.items() if value}
+
+
+def _owner(context: Mapping[str, str]) -> dict[str, int]:
+    try:
+        mode, uid, gid = (
+            int(context.get("mode", "755"), 8),
+            *(int(context.get(key, "0")) for key in ("uid", "gid")),
+        )
+    except ValueError as error:
+        raise InvalidArgument(f"volume_context: mode, uid or gid: {error}") from error
+    return {"mode": mode, "uid": uid, "gid": gid}
+
+
+def _root(exports: Exports, context: Mapping[str, str], options: Sequence[str]) -> Path:
+    root = exports.roots.get(context[POOL])
+    if root is None:
+        known = ", ".join(sorted(exports.roots)) or "none"
+        raise invalid(
+            f"volume_context.{POOL}",
+            context[POOL],
+            f"this node's configuration has no such pool of directories; it has: {known}",
+        )
+    if options:
+        raise invalid(
+            "volume_capability.mount_flags",
+            ",".join(options),
+            "its filesystem is mounted by others: leave them out",
+        )
+    return root
 
 
 def _options(context: Mapping[str, str]) -> list[str]:
@@ -143,8 +183,8 @@ def export_stats(exports: Exports, path: Path) -> Stats | None:
     Raises:
         Unavailable: the server does not answer.
     """
-    source = find_source(path)
-    return None if source is None else Stats(**exports.usage(source, path))
+    found = exports.usage(path)
+    return None if found is None else Stats(**found)
 
 
 def stats(pools: Pools, volume_id: str, path: Path) -> Stats:

@@ -66,6 +66,7 @@ class DirectoryBackend:
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
             enforces_capacity=self._enforces,
+            server=os.fspath(self._pool.root) if self._pool.shared else "",
             shares_copies=self._shares,
             writer_pays=self._shares,
         )

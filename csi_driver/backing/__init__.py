@@ -46,6 +46,19 @@ def ensure(pool: PoolConfig) -> Backing | None:
         raise ConfigurationError(f"{backing.where}: {error}") from error
 
 
+def check_mounted(pool: PoolConfig) -> None:
+    """Refuse a pool whose disk others should have mounted, and have not.
+
+    Raises:
+        ConfigurationError: nothing is mounted there.
+    """
+    if pool.mounted and not os.path.ismount(pool.root):
+        raise ConfigurationError(
+            f"{pool.where} root {str(pool.root)!r}: nothing is mounted there, and `mounted = true` demands it: "
+            "mount the pool's disk first"
+        )
+
+
 def unable(backing: BackingConfig) -> str:
     """Why this machine cannot do it, with the remedy; "" if it can."""
     problem = "" if backing.is_device else loop.available()

@@ -8,24 +8,32 @@ Which exports may be used, and where they are shown, is the caller's business.
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from csi_driver.errors import Unavailable
-from csi_driver.linux import mount
-from csi_driver.linux.export import GONE, Source, find_source
+from csi_driver.linux import mount, mountinfo
+from csi_driver.linux.export import GONE, Source
 from csi_driver.linux.remote import Server, Servers
 
 _UNMOUNT_S: Final = 3.0
 
 
 class Exports:
-    """The exports mounted beneath `directory`, each in one of its own."""
+    """The exports mounted beneath `directory`, each in one of its own; and `roots`, which others mount on every node."""
 
-    def __init__(self, directory: Path, servers: Servers, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        servers: Servers,
+        timeout_s: float = 20.0,
+        roots: Mapping[str, Path] = MappingProxyType({}),
+    ) -> None:
         self.directory = directory
+        self.roots = roots
         self._servers = servers
         self._timeout_s = timeout_s
         # One mounts, the others wait: two mounts on one directory would hide one another.
@@ -50,6 +58,15 @@ class Exports:
             finally:
                 os.close(fd)
 
+    @contextmanager
+    def opened_in(self, root: Path, path: str, make: dict[str, int] | None = None) -> Iterator[int]:
+        """The same for a directory beneath one of the roots."""
+        fd = self._ask(self._servers.named(os.fspath(root)), root, path, make)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def shown_at(self, fd: int) -> list[mount.Mount]:
         """Where the directory that `opened` gave, or something below it, is published."""
         known = mount.mounts()
@@ -58,24 +75,23 @@ class Exports:
         if base is None:
             return []
         below = Path(os.readlink(f"/proc/self/fd/{fd}")).relative_to(base.target)
-        # NFS tells what a mount shows by its source; its root is always "/".
-        shown = os.path.normpath(os.path.join(base.source, below))
+        shown = os.path.normpath(os.path.join(_place(base), below))
         return [
             entry
             for entry in known
             if entry.device == base.device
-            and os.path.join(entry.source, "").startswith(os.path.join(shown, ""))
+            and os.path.join(_place(entry), "").startswith(os.path.join(shown, ""))
             and Path(entry.target).parent != self.directory
         ]
 
-    def usage(self, source: str, path: Path) -> dict[str, int]:
-        """How full the filesystem of `source` is that is mounted at `path`.
+    def usage(self, path: Path) -> dict[str, int] | None:
+        """How full the filesystem is that is published at `path`; None: no server's is.
 
         Raises:
             Unavailable: the server does not answer.
         """
-        server = self._servers.named(Source(source).server)
-        return server.call("usage", self._timeout_s, path=os.fspath(path))[0]
+        server = self._find_server(path)
+        return server.call("usage", self._timeout_s, path=os.fspath(path))[0] if server else None
 
     def unmount(self, target: Path, *, lazy: bool = False) -> None:
         """Unmount what is at `target`, whether its server answers or not. Not an export, or nothing, is fine.
@@ -84,11 +100,10 @@ class Exports:
             OSError: EBUSY something uses it.
             Unavailable: it is still mounted (calls that hang were in the way).
         """
-        source = find_source(target)
-        if source is None:
+        server = self._find_server(target)
+        if server is None:
             mount.unmount(target, lazy=lazy)
             return
-        server = self._servers.named(Source(source).server)
         try:
             server.call("unmount", _UNMOUNT_S, always=True, target=os.fspath(target), lazy=lazy)
         except OSError as error:
@@ -99,7 +114,7 @@ class Exports:
             self.unmount(target, lazy=True)
         except Unavailable:
             # Whoever takes away a filesystem's last mount waits for its server, but the mount is gone before that.
-            if find_source(target) is not None:
+            if self._find_server(target) is not None:
                 raise
 
     def clear_stale(self, target: Path) -> None:
@@ -108,10 +123,9 @@ class Exports:
         Raises:
             Unavailable: the server does not answer.
         """
-        source = find_source(target)
-        if source is None:
+        server = self._find_server(target)
+        if server is None:
             return
-        server = self._servers.named(Source(source).server)
         try:
             # Only the server can tell: what is cached here looks as it always did.
             os.close(server.call("open", self._timeout_s, root=os.fspath(target), path="")[1])
@@ -132,6 +146,18 @@ class Exports:
                 if not shown and not self._users.get(target.name):
                     self.unmount(target, lazy=True)
                     target.rmdir()
+
+    def _find_server(self, target: Path) -> Server | None:
+        """Whom to ask about what is mounted there; None: nothing is, or it is of this machine. Asks nobody itself."""
+        known = mountinfo.mounts()
+        entry = next((one for one in reversed(known) if one.target == os.fspath(target)), None)
+        if entry is None:
+            return None
+        for root in self.roots.values():
+            above = [one for one in known if root.is_relative_to(one.target)]
+            if above and max(above, key=lambda one: len(one.target)).device == entry.device:
+                return self._servers.named(os.fspath(root))
+        return self._servers.named(Source(entry.source).server) if ":/" in entry.source else None
 
     def _answers(self, server: Server, target: Path) -> bool:
         try:
@@ -194,3 +220,8 @@ def _is_mounted(target: Path) -> bool:
         if error.errno not in GONE:
             raise
         return True
+
+
+def _place(entry: mount.Mount) -> str:
+    # NFS tells what a mount shows by its source; its root is always "/".
+    return entry.source if entry.fs_type.startswith("nfs") else entry.root

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ FALLOC_FL_WRITE_ZEROES: Final = 0x80
 FICLONE: Final = 0x40049409
 
 _ST_RDONLY: Final = 1
+_F_OFD_SETLK: Final = 37
 _BLOCK: Final = 512
 _ZEROS: Final = 4 << 20
 
@@ -396,6 +398,45 @@ def lock(dir_fd: int, name: str) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def claim(dir_fd: int, name: str) -> int | None:
+    """Make the file `name` and lock it against everybody, on other machines too; None if another has it.
+
+    An open file description's lock (fcntl(2) F_OFD_SETLK), which network filesystems pass on to their server. It ends with
+    the returned descriptor; `disclaim` also removes the file.
+    """
+    while True:
+        fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            # type, whence, start, length (0: all of it), pid (none)
+            fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack("hhxxxxqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            if _is_at(fd, dir_fd, name):
+                return fd
+        except (BlockingIOError, PermissionError):
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its last owner has removed it meanwhile
+
+
+def disclaim(fd: int, dir_fd: int, name: str) -> None:
+    """Give back what `claim` gave."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=dir_fd)
+    finally:
+        os.close(fd)
+
+
+def _is_at(fd: int, dir_fd: int, name: str) -> bool:
+    try:
+        there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
 
 
 def direct_io_alignment(fd: int) -> int | None:

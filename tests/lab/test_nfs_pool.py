@@ -7,18 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from csi_driver.rpc.pb import csi_pb2 as pb
-from csi_driver.rpc.pb import csi_pb2_grpc as stubs
 from tests.lab.disks import Disk, run
-from tests.lab.hosts import Host, KernelServer, wait_for
+from tests.lab.drivers import Driver, create, publish
+from tests.lab.hosts import Host, KernelServer
 
-MANY = pb.VolumeCapability(
-    mount=pb.VolumeCapability.MountVolume(),
-    access_mode=pb.VolumeCapability.AccessMode(mode=pb.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER),
-)
 CONFIG = """
 scope = "shared"
 [pools.team]
@@ -27,41 +22,6 @@ server = "{server}"
 path = "/share"
 root = "{root}"
 """
-
-
-class Driver:
-    """An `orlop serve` of its own, somewhere."""
-
-    def __init__(self, name: str, place: Path, server: Host, role: str, host: Host | None = None) -> None:
-        self._log = place / f"{name}.log"
-        config, socket = place / f"{name}.toml", place / f"{name}.sock"
-        config.write_text(CONFIG.format(server=server.address, root=place / f"{name}-pool"))
-        words = [sys.executable, "-m", "csi_driver", "serve", "--node-id", name, "--role", role]
-        words += ["--config", os.fspath(config), "--endpoint", os.fspath(socket)]
-        with self._log.open("wb") as log:
-            argv = host.command(*words) if host else words
-            # Another machine's working directory is its root.
-            environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-            self._process = subprocess.Popen(
-                argv, stdout=log, stderr=log, start_new_session=True, env=environment
-            )
-        try:
-            wait_for(socket.exists, 30)
-        except AssertionError:
-            self._process.kill()
-            self._process.wait()
-            print(self._log.read_text())
-            raise
-        self._channel = grpc.insecure_channel(f"unix://{socket}")
-        self.identity = stubs.IdentityStub(self._channel)
-        self.controller = stubs.ControllerStub(self._channel)
-        self.node = stubs.NodeStub(self._channel)
-
-    def end(self) -> None:
-        self._channel.close()
-        self._process.terminate()
-        self._process.wait(30)
-        print(self._log.read_text())
 
 
 @pytest.fixture
@@ -84,7 +44,8 @@ def start(tmp_path: Path, server: KernelServer) -> Iterator[Callable[..., Driver
     started: list[Driver] = []
 
     def make(name: str, role: str = "all", host: Host | None = None) -> Driver:
-        started.append(Driver(name, tmp_path, server, role, host))
+        config = CONFIG.format(server=server.address, root=tmp_path / f"{name}-pool")
+        started.append(Driver(name, tmp_path, config, role, host))
         return started[-1]
 
     yield make
@@ -93,29 +54,6 @@ def start(tmp_path: Path, server: KernelServer) -> Iterator[Callable[..., Driver
     for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
         if line.split()[2].startswith("nfs"):
             run("umount", "-l", line.split()[1])
-
-
-def create(driver: Driver, name: str, **parameters: str) -> pb.Volume:
-    asked = pb.CreateVolumeRequest(
-        name=name,
-        volume_capabilities=[MANY],
-        capacity_range=pb.CapacityRange(required_bytes=64 << 20),
-        parameters=parameters,
-    )
-    return driver.controller.CreateVolume(asked, timeout=60).volume
-
-
-def publish(driver: Driver, volume: pb.Volume, target: Path, *, readonly: bool = False) -> None:
-    driver.node.NodePublishVolume(
-        pb.NodePublishVolumeRequest(
-            volume_id=volume.volume_id,
-            target_path=str(target),
-            volume_capability=MANY,
-            volume_context=volume.volume_context,
-            readonly=readonly,
-        ),
-        timeout=60,
-    )
 
 
 def test_pods_of_two_machines_share_a_volume(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from csi_driver.catalog import SCHEMA, Catalog, Home
-from csi_driver.errors import ConfigurationError, Error, NotFound
+from csi_driver.errors import Aborted, ConfigurationError, Error, NotFound
 from csi_driver.model import AccessType, Record, VolumeId, name_hash
 
 
@@ -308,3 +308,37 @@ def test_replaced_root_is_noticed(catalog: Catalog) -> None:
 
     catalog.root.mkdir()
     assert not catalog.is_present()
+
+
+def test_drivers_that_share_a_pool_keep_out_of_each_other_s_staging(tmp_path: Path) -> None:
+    one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
+    assert one.tag == two.tag
+    volume_id = id_in(one)
+    staged = one.stage(volume_id)
+
+    for call in (two.find_staged, two.stage):
+        with pytest.raises(Aborted, match="another driver"):
+            call(volume_id)
+    with pytest.raises(Aborted, match="another driver"):
+        two.remove(two.placed(volume_id, volume_id, "staging"))
+    one.publish(staged, record_of(volume_id))
+
+    assert two.find(volume_id) is not None and two.find_staged(volume_id) is None
+    assert not os.listdir(tmp_path / "pool/locks")
+    one.close()
+    two.close()
+
+
+def test_what_a_driver_that_died_was_making_is_the_next_one_s(tmp_path: Path) -> None:
+    one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
+    volume_id = id_in(one)
+    one.stage(volume_id)
+
+    one.close()
+
+    left = two.find_staged(volume_id)
+    assert left is not None
+    two.remove(left)
+    two.publish(two.stage(volume_id), record_of(volume_id))
+    assert not os.listdir(tmp_path / "pool/locks")
+    two.close()

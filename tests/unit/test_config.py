@@ -259,3 +259,13 @@ def test_share_of_a_filesystem(percent: int, total: int) -> None:
 
     assert 0 <= reserved <= total
     assert abs(reserved - total * percent / 100) <= max(2, total / 1e9)
+
+
+def test_directories_that_all_nodes_have_are_of_the_shared_driver() -> None:
+    shared = parse('scope = "shared"\n[pools.team]\nbackend = "directory"\nroot = "/mnt/team"\n')
+
+    assert shared.pools["team"].shared and not parse(POOL).pools["fast"].shared
+    with pytest.raises(ConfigurationError, match=r"backend 'image': not in a driver of scope 'shared'"):
+        parse('scope = "shared"\n[pools.team]\nroot = "/mnt/team"\n')
+    with pytest.raises(ConfigurationError, match=r"backend 'nfs': not in a driver of scope 'node'"):
+        parse('[pools.team]\nbackend = "nfs"\nserver = "s"\npath = "/p"\n')

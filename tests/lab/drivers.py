@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drivers as they are deployed, each a process, here or on another machine; and the calls that most tests make."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+
+from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.rpc.pb import csi_pb2_grpc as stubs
+from tests.lab.hosts import Host, wait_for
+
+MANY = pb.VolumeCapability(
+    mount=pb.VolumeCapability.MountVolume(),
+    access_mode=pb.VolumeCapability.AccessMode(mode=pb.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER),
+)
+
+
+class Driver:
+    """An `orlop serve` of its own, somewhere."""
+
+    def __init__(self, name: str, place: Path, config: str, role: str, host: Host | None = None) -> None:
+        self._log = place / f"{name}.log"
+        file, socket = place / f"{name}.toml", place / f"{name}.sock"
+        file.write_text(config)
+        words = [sys.executable, "-m", "csi_driver", "serve", "--node-id", name, "--role", role]
+        words += ["--config", os.fspath(file), "--endpoint", os.fspath(socket)]
+        with self._log.open("wb") as log:
+            argv = host.command(*words) if host else words
+            # Another machine's working directory is its root.
+            environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+            self._process = subprocess.Popen(
+                argv, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
+        try:
+            wait_for(socket.exists, 30)
+        except AssertionError:
+            self._process.kill()
+            self._process.wait()
+            print(self._log.read_text())
+            raise
+        self._channel = grpc.insecure_channel(f"unix://{socket}")
+        self.identity = stubs.IdentityStub(self._channel)
+        self.controller = stubs.ControllerStub(self._channel)
+        self.node = stubs.NodeStub(self._channel)
+
+    def end(self) -> None:
+        self._channel.close()
+        self._process.terminate()
+        self._process.wait(30)
+        print(self._log.read_text())
+
+
+def create(driver: Driver, name: str, **parameters: str) -> pb.Volume:
+    asked = pb.CreateVolumeRequest(
+        name=name,
+        volume_capabilities=[MANY],
+        capacity_range=pb.CapacityRange(required_bytes=64 << 20),
+        parameters=parameters,
+    )
+    return driver.controller.CreateVolume(asked, timeout=60).volume
+
+
+def publish(driver: Driver, volume: pb.Volume, target: Path, *, readonly: bool = False) -> None:
+    driver.node.NodePublishVolume(
+        pb.NodePublishVolumeRequest(
+            volume_id=volume.volume_id,
+            target_path=str(target),
+            volume_capability=MANY,
+            volume_context=volume.volume_context,
+            readonly=readonly,
+        ),
+        timeout=60,
+    )
