@@ -163,6 +163,21 @@ def test_managed_pools_share_the_directories_that_the_driver_mounts_in() -> None
     assert config["pools"]["c"]["backing"] == {"device": "/dev/sdb"}
 
 
+def test_a_pool_that_must_be_mounted_is_seen_from_above() -> None:
+    """Its root as a volume of its own would always be a mount point in the pod, mounted on the node or not."""
+    found = chart(
+        *("pools.a.root=/mnt/a", "pools.a.mounted=true", "pools.b.root=/mnt/b", "pools.b.mounted=true"),
+        *("pools.c.root=/data/c", "pools.c.mounted=true", "pools.d.root=/data/d", "pools.d.backing.device=/dev/sdb"),
+    )
+    paths = {
+        mount["mountPath"]: mount["mountPropagation"]
+        for mount in containers(found)["driver"]["volumeMounts"]
+        if mount["name"].startswith("pool-")
+    }
+
+    assert paths == {"/mnt": "HostToContainer", "/data": "Bidirectional"}
+
+
 def test_the_standard_sidecars_are_a_switch() -> None:
     assert containers(chart()).keys() == {"driver", "csi-provisioner", "csi-resizer"}
     assert containers(chart(*ALL_SIDECARS)).keys() == {
@@ -266,6 +281,7 @@ def test_every_right_says_who_needs_it() -> None:
         ("pools.fast.root=/a/b,pools.fast.backing.device=sdb", "device"),
         ("pools.fast.root=/a/b,pools.fast.backing.file=/a/f", "size"),
         ("pools.fast.root=/fast,pools.fast.backing.device=/dev/sdb", "another directory than /"),
+        ("pools.fast.root=/fast,pools.fast.mounted=true", "another directory than /"),
         ("registration=both", "registration"),
         ("shared.pools.team.backend=image", "backend"),
         ("shared.node.httpport=1", "httpport"),

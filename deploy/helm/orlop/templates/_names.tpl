@@ -26,6 +26,8 @@ app.kubernetes.io/component: {{ .component }}
 {{/*
 What the driver sees of a node for its pools: path to the volume's name and the mount's propagation. A managed pool is
 mounted by the driver in the directory above its root, and that mount must be the node's, which outlives the driver.
+One that must be mounted is looked at from the directory above, too: a volume of its root alone would be a mount point
+in the pod, whatever the node has there.
 */}}
 {{- define "orlop.poolPaths" -}}
 {{- $paths := dict }}
@@ -38,8 +40,18 @@ mounted by the driver in the directory above its root, and that mount must be th
 {{- if not (hasKey $paths (dir $pool.root)) }}
 {{- $_ := set $paths (dir $pool.root) (dict "name" (printf "pool-%s" $name) "propagation" "Bidirectional") }}
 {{- end }}
-{{- else }}
+{{- else if not $pool.mounted }}
 {{- $_ := set $paths $pool.root (dict "name" (printf "pool-%s" $name) "propagation" "HostToContainer") }}
+{{- end }}
+{{- end }}
+{{- range $name, $pool := $pools }}
+{{- if and $pool.mounted (not $pool.backing) }}
+{{- if eq (dir $pool.root) "/" }}
+{{- fail (printf "pools.%s: root of a pool that must be mounted must lie in another directory than /" $name) }}
+{{- end }}
+{{- if not (hasKey $paths (dir $pool.root)) }}
+{{- $_ := set $paths (dir $pool.root) (dict "name" (printf "pool-%s" $name) "propagation" "HostToContainer") }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- range $name, $pool := $pools }}
