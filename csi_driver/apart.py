@@ -120,6 +120,8 @@ class Child:
         self._lane = self._new_lane()
         # Who opens the pool may have to mount it: one at a time.
         self._opening = threading.Lock()
+        self._guard = threading.Lock()
+        self._spare: Lane | None = None
         self.opened: Opened | None = None
 
     @property
@@ -151,12 +153,12 @@ class Child:
             return b"go on"
 
         look = transfer.check if transfer is not None else lambda: None
-        lane = self._new_lane()
+        lane = self._spare_lane()
         try:
             task = Task(f"{order.target}.{order.method}", encode(order), self._deadlines.copy_s, step, look)
             return self._result(lane, self._ask(lane, task))
         finally:
-            lane.drop()
+            self._give_back(lane)
 
     def find_opened(self) -> Opened:
         """What the child found when it opened the pool."""
@@ -168,6 +170,22 @@ class Child:
     def close(self) -> None:
         """End it."""
         self._lane.drop()
+        with self._guard:
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.drop()
+
+    def _spare_lane(self) -> Lane:
+        with self._guard:
+            lane, self._spare = self._spare, None
+        return lane or self._new_lane()
+
+    def _give_back(self, lane: Lane) -> None:
+        # One stays, for a start takes a third of a second, and each copy has two orders.
+        with self._guard:
+            before, self._spare = self._spare, lane
+        if before is not None:
+            before.drop()
 
     def _new_lane(self) -> Lane:
         return Lane(self._breaker, WORKER, self._begin)

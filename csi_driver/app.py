@@ -122,7 +122,11 @@ def build(config: Config) -> Driver:
         )
         # Volumes that every node reaches are mounted by what their context says, as on nodes that have no pools.
         exports = _exports(config, servers) if config.scope == "shared" else None
-        node = Node(pools if exports is None else Pools({}), locks, health, info, exports)
+        if exports is None:
+            node = Node(pools, locks, health, info)
+        else:
+            # Nor does what a controller does with a volume meanwhile concern its mounts.
+            node = Node(Pools({}), Locks(), health, info, exports)
         services = csi_pb2.DESCRIPTOR.services_by_name
         handlers = Interceptor(
             [

@@ -211,9 +211,9 @@ class Controller:
                     "volume_capability", capability.access_type, f"it is a {record.access_type} volume"
                 )
             size_bytes = grown_size(pool, record, wanted, pool.size_bytes(home))
-            return pool.grow(
-                home, record, size_bytes
-            ), record.fs_type != "" and record.access_type is AccessType.MOUNT
+            # Where nothing enforces a size, the claim still has the one that was asked for.
+            grown = pool.grow(home, record, size_bytes) or max(size_bytes, wanted.required_bytes)
+            return grown, record.fs_type != "" and record.access_type is AccessType.MOUNT
 
     def modify_volume(self, volume_id: str, mutable_parameters: Mapping[str, str]) -> None:
         """Give a volume what its new VolumeAttributesClass says, at once, also while pods use it.

@@ -177,7 +177,7 @@ class Node:
         CSI: NodeGetVolumeHealth.
         """
         path = Path(volume_path)
-        remote = static.export_health(self._exports, path) if self._exports and volume_path else None
+        remote = static.export_health(self._exports, volume_id, volume_path) if self._exports else None
         if remote is not None:
             return remote
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from csi_driver.catalog import VOLUMES
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
 from csi_driver.linux.export import Source
@@ -207,8 +208,11 @@ def stats(pools: Pools, volume_id: str, path: Path) -> Stats:
     )
 
 
-def export_health(exports: Exports, path: Path) -> list[HealthEntry] | None:
-    """What is wrong with the export that is published at `path`. None: none is."""
+def export_health(exports: Exports, volume_id: str, volume_path: str) -> list[HealthEntry] | None:
+    """What is wrong with the export that is published at the path, or anywhere for this volume. None: none is."""
+    path = Path(volume_path) if volume_path else exports.find_shown(f"/{VOLUMES}/{volume_id}/")
+    if path is None:
+        return None
     try:
         found = export_stats(exports, path)
     except (Unavailable, OSError) as error:

@@ -84,6 +84,12 @@ class Exports:
             and Path(entry.target).parent != self.directory
         ]
 
+    def find_shown(self, part: str) -> Path | None:
+        """A place where something is published that has `part` in its path on the server."""
+        known = mountinfo.mounts()
+        found = (one for one in known if part in os.path.join(_place(one), ""))
+        return next((Path(one.target) for one in found if Path(one.target).parent != self.directory), None)
+
     def usage(self, path: Path) -> dict[str, int] | None:
         """How full the filesystem is that is published at `path`; None: no server's is.
 

@@ -74,7 +74,7 @@ def test_volumes_are_made_listed_copied_and_deleted(rig: Rig, tmp_path: Path) ->
     rig.snapshots.delete(snapshot.record.id)
     rig.settle()
     assert not os.listdir(tmp_path / "p/volumes") and not os.listdir(tmp_path / "p/trash")
-    assert len(children()) == 1
+    assert len(children()) == 2  # one for copies
 
 
 def test_errors_arrive_as_they_were_raised(rig: Rig) -> None:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""csi-sanity against the driver for what every node reaches: pools on an NFS export, and on directories mounted by others."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.rpc.pb import csi_pb2_grpc as stubs
+from tests.conftest import unavailable
+from tests.lab.disks import Disk, run
+from tests.lab.drivers import MANY
+from tests.lab.hosts import KernelServer, wait_for
+from tests.sanity.report import judge, parse_report, read_expected_skips
+from tests.sanity.run import ROOT, SKIPS, Settings, run_sanity, served, tracebacks
+from tests.sanity.scratch import Scratch
+
+NFS = 'backend = "nfs"\nserver = "{address}"\npath = "/share"\n'
+DIRECTORY = 'backend = "directory"\nenforce_capacity = false\nmounted = true\n'
+CONFIG = 'scope = "shared"\ndriver_name = "sanity.orlop.dev"\nnode_id = "sanity-node"\n[pools.sanity]\nroot = "{root}"\n'
+
+
+def warm_up(socket: Path) -> None:
+    """Have the child for copies start: in this kernel that takes longer than the suite waits for a copy."""
+    with grpc.insecure_channel(f"unix://{socket}") as channel:
+        controller = stubs.ControllerStub(channel)
+        asked = pb.CreateVolumeRequest(
+            name="warm", volume_capabilities=[MANY], capacity_range=pb.CapacityRange(required_bytes=1 << 20)
+        )
+        volume_id = controller.CreateVolume(asked, timeout=60).volume.volume_id
+        snapshot = pb.CreateSnapshotRequest(name="warm", source_volume_id=volume_id)
+        wait_for(lambda: controller.CreateSnapshot(snapshot, timeout=60).snapshot.ready_to_use, 60)
+        snapshot_id = controller.CreateSnapshot(snapshot, timeout=60).snapshot.snapshot_id
+        controller.DeleteSnapshot(pb.DeleteSnapshotRequest(snapshot_id=snapshot_id), timeout=60)
+        controller.DeleteVolume(pb.DeleteVolumeRequest(volume_id=volume_id), timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["nfs", "shared-directory"])
+def test_csi_sanity_passes(
+    kind: str, make_disk: Callable[..., Disk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ROOT / "tools/csi-sanity"
+    program = Path(
+        subprocess.run([script, "--path"], capture_output=True, text=True, check=True).stdout.strip()
+    )
+    if not program.exists():
+        unavailable("csi-sanity is not built: `tools/csi-sanity`")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    disk = make_disk("btrfs", size="60G")
+    # Its volumes are of 10 GiB, and nothing is written to them.
+    (disk.target / "share").mkdir()
+    server = KernelServer(disk.target)
+    server.start()
+    place = Scratch(tmp_path / "sanity")
+    place.pool.mkdir(parents=True)
+    text = CONFIG.format(root=place.pool) + (NFS if kind == "nfs" else DIRECTORY).format(
+        address=server.address
+    )
+    (place.root / "orlop.toml").write_text(text)
+    if kind == "shared-directory":
+        run("mount", "-t", "nfs", f"{server.address}:/share", place.pool)
+    try:
+        socket = place.root / "csi.sock"
+        with served(place, place.root / "orlop.toml", socket):
+            warm_up(socket)
+            specs = parse_report(run_sanity(program, place, socket, Settings("shared")))
+        verdict = judge(f"{kind}/shared", specs, read_expected_skips(SKIPS))
+        print((place.root / "driver.log").read_text())
+        print("\n".join(verdict.complaints))
+        assert not verdict.complaints and not tracebacks(place.root / "driver.log")
+        assert verdict.passed > 70
+    finally:
+        run("umount", "-l", place.pool)
+        server.remove()
