@@ -2,7 +2,7 @@
 """Containers share a volume, keep apart in it, or may only read it."""
 
 from tests.cluster import kube
-from tests.cluster.kube import Namespace, claim, pod
+from tests.cluster.kube import KubectlFailed, Namespace, claim, pod
 
 
 def test_a_killed_container_comes_back_to_its_data(namespace: Namespace) -> None:
@@ -12,7 +12,12 @@ def test_a_killed_container_comes_back_to_its_data(namespace: Namespace) -> None
     )
     namespace.wait_until_running("app")
 
-    namespace.shell("app", "killall sleep")
+    try:
+        namespace.shell("app", "killall sleep")
+    except KubectlFailed as error:
+        # Whoever else is in the container ends with it: sometimes the messenger, before it can say that it was done.
+        if "exit code 137" not in str(error):
+            raise
 
     kube.wait_until(
         lambda: namespace.get("pod", "app")["status"]["containerStatuses"][0]["restartCount"] == 1,

@@ -167,7 +167,12 @@ def test_a_pool_that_must_be_mounted_is_seen_from_above() -> None:
     """Its root as a volume of its own would always be a mount point in the pod, mounted on the node or not."""
     found = chart(
         *("pools.a.root=/mnt/a", "pools.a.mounted=true", "pools.b.root=/mnt/b", "pools.b.mounted=true"),
-        *("pools.c.root=/data/c", "pools.c.mounted=true", "pools.d.root=/data/d", "pools.d.backing.device=/dev/sdb"),
+        *(
+            "pools.c.root=/data/c",
+            "pools.c.mounted=true",
+            "pools.d.root=/data/d",
+            "pools.d.backing.device=/dev/sdb",
+        ),
     )
     paths = {
         mount["mountPath"]: mount["mountPropagation"]
