@@ -35,7 +35,7 @@ def test_alerts_ask_for_metrics_that_the_driver_has(cluster: None) -> None:
     page = metrics_of(Node(1))
 
     for alert, expression in alerts().items():
-        bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)", "", expression)
+        bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|(by|on) \([^)]*\)", "", expression)
         names = set(re.findall(r"[a-z]\w+", bare)) - LANGUAGE
         assert names, alert
         for name in names:
