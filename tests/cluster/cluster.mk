@@ -17,3 +17,8 @@ cluster-deploy: cluster  ## build the driver's image and install it in the clust
 .PHONY: test-cluster
 test-cluster: venv cluster-deploy  ## every way a user meets a volume, in a real cluster; logs are shown on failure
 	@.venv/bin/pytest -m cluster $(ARGS) || { tests/cluster/cluster logs; exit 1; }
+
+.PHONY: bench-cluster
+bench-cluster: CLUSTER_NODES = 1
+bench-cluster: venv cluster-deploy  ## from a claim to a running pod against emptyDir, on a cluster of one node (15 minutes)
+	.venv/bin/python -m bench.cluster $(ARGS)

@@ -79,7 +79,8 @@ def usage() -> str:
 
 
 def log_files() -> list[Path]:
-    return sorted([*layout.LOGS.glob("*.log"), *layout.ROOT.glob("node*/log/*.log")])
+    components = (file for file in layout.LOGS.glob("*.log") if not file.name.startswith("audit"))
+    return sorted([*components, *layout.ROOT.glob("node*/log/*.log")])
 
 
 def tails(lines: int = 15) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """etcd, API server, controller manager and scheduler: plain processes of the machine."""
 
+import json
+
 from tests.cluster.harness import layout, processes
 from tests.cluster.harness.processes import run
 
@@ -17,6 +19,7 @@ def start_network() -> None:
 
 def start_api() -> None:
     layout.ETCD_DATA.mkdir(parents=True)
+    _write_audit_policy()
     processes.start("etcd", ["etcd", *_etcd_flags()])
     processes.start("kube-apiserver", ["kube-apiserver", *_api_server_flags()])
 
@@ -97,4 +100,16 @@ def _api_server_flags() -> list[str]:
         "--enable-admission-plugins=NodeRestriction",
         "--allow-privileged=true",
         "--profiling=false",
+        f"--audit-policy-file={layout.AUDIT_POLICY}",
+        f"--audit-log-path={layout.LOGS}/audit.log",
+        "--audit-log-maxsize=100",
+        "--audit-log-maxbackup=5",
     ]
+
+
+def _write_audit_policy() -> None:
+    """Who asks for what, of everybody but the administrator: the benchmark counts requests by it."""
+    rules = [{"level": "None", "userGroups": ["system:masters"]}, {"level": "Metadata"}]
+    stages = ["RequestReceived", "ResponseStarted"]
+    policy = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": stages, "rules": rules}
+    layout.AUDIT_POLICY.write_text(json.dumps(policy))

@@ -11,6 +11,7 @@ PKI = ROOT / "pki"
 LOGS = ROOT / "log"
 PIDS = ROOT / "pids"
 KUBECONFIG = PKI / "admin.kubeconfig"
+AUDIT_POLICY = ROOT / "audit-policy.json"
 MACHINE_BEFORE = ROOT / "machine-before.json"
 # The store of a throw-away cluster belongs into memory: etcd waits for the disk at every write.
 ETCD_DATA = Path("/dev/shm/orlop-cluster-etcd") if Path("/dev/shm").is_dir() else ROOT / "etcd"
