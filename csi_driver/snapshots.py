@@ -5,6 +5,7 @@ A snapshot lies in its volume's pool and stands by itself: neither's deletion mi
 `copies`' business.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -13,6 +14,7 @@ from csi_driver.copies import Copier
 from csi_driver.errors import (
     Aborted,
     AlreadyExists,
+    ConfigurationError,
     Error,
     FailedPrecondition,
     InvalidArgument,
@@ -31,6 +33,8 @@ from csi_driver.model import (
 from csi_driver.ordering import check_parameters, order_for
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
+
+log = logging.getLogger(__name__)
 
 
 class Snapshots:
@@ -85,7 +89,7 @@ class Snapshots:
                 self._pools.check_foreign(snapshot_id)
                 return
             pool, home = found
-            group = pool.catalog.read_snapshot(home).group
+            group = _group_of(pool, home)
             if group:
                 raise FailedPrecondition(
                     f"snapshot {snapshot_id!r}: belongs to group {group!r}: delete the group"
@@ -132,13 +136,21 @@ class Snapshots:
         for snapshot_id in self._ids():
             if snapshot_id <= after:
                 continue
-            found = self._find(snapshot_id)
+            found = self._find_readable(snapshot_id)
             if found is None or source_id not in ("", found.record.source):
                 continue
             if max_entries and len(page) == max_entries:
                 return page, page[-1].record.id
             page.append(found)
         return page, ""
+
+    def _find_readable(self, snapshot_id: str) -> Snapshot | None:
+        try:
+            return self._find(snapshot_id)
+        except (OSError, Error) as error:
+            # One snapshot that cannot be read must not hide the others.
+            log.error("not listed: %s", error)
+            return None
 
     def _ids(self) -> list[str]:
         standing = {home.id for pool in self._pools for home in pool.catalog.snapshots()}
@@ -163,8 +175,8 @@ class Snapshots:
         job = self._copier.jobs.find_name(name, SnapshotRecord)
         if job is None or not isinstance(job.record, SnapshotRecord):
             return None
-        _check_source(job.record, source_id)
         if job.is_running:
+            _check_source(job.record, source_id)
             return self._shown(job.record, ready=False)
         self._copier.jobs.take_failure(job.record.id)
         return None
@@ -193,6 +205,18 @@ class Snapshots:
             raise InvalidArgument(
                 f"accessibility_requirements: a snapshot is where its volume is, at {self._segments}"
             )
+
+
+def _group_of(pool: Pool, home: Home) -> str:
+    """The group that a snapshot to be deleted belongs to; "" for none, and where its record tells nothing any more."""
+    try:
+        return pool.catalog.read_snapshot(home).group
+    except ConfigurationError:
+        raise  # of a newer version: that knows what it says
+    except Error as error:
+        # As a volume's deletion, that of a snapshot needs no record: it would stay for ever.
+        log.error("deleted all the same: %s", error)
+        return ""
 
 
 def _check_source(record: SnapshotRecord, source_id: str) -> None:

@@ -3,6 +3,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.copies import Copier
-from csi_driver.errors import Aborted, ResourceExhausted
+from csi_driver.errors import Aborted, Error, ResourceExhausted
 from csi_driver.jobs import Jobs
 from csi_driver.linux.freeze import Freezer
 from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement, VolumeRequest
@@ -167,3 +168,48 @@ def test_a_larger_thick_clone_that_has_no_room_to_be_thick_leaves_nothing(scene:
     rig.pool.refresh()
     rig.controller.create_volume(larger)
     assert homes(rig)["staging"] == []
+
+
+class Copying(threading.Thread):
+    """A copy in another thread, and what it failed with."""
+
+    def __init__(self, copy: Callable[[], object]) -> None:
+        super().__init__()
+        self._copy = copy
+        self.failure: Error | None = None
+
+    def run(self) -> None:
+        try:
+            self._copy()
+        except Error as error:
+            self.failure = error
+
+
+def wait_for_data(scene: Scene) -> None:
+    deadline = time.monotonic() + 20
+    while not any(path.is_file() and path.stat().st_blocks for path in scene.root.glob("staging/*/**/*")):
+        assert time.monotonic() < deadline, "no copy began"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("what", ["snapshot", "clone"])
+def test_a_disk_that_others_fill_between_two_steps_of_a_copy(scene: Scene, what: str) -> None:
+    # Some steps, which leave time to fill the disk between them.
+    rig = scene.open(f'reserved = 0\ncopy_bandwidth = "{DATA // 3}"\n')
+    source = origin(scene, rig)
+    copy = copy_of(what, rig, source)
+    before, room = homes(rig), rig.pool.space.available()
+    copying = Copying(copy)
+
+    copying.start()
+    wait_for_data(scene)
+    fill_up(scene)
+    copying.join()
+
+    assert isinstance(copying.failure, ResourceExhausted), copying.failure
+    assert homes(rig) == before
+    ballast_of(scene).unlink()
+    os.sync()
+    rig.settle()
+    assert abs(rig.pool.space.available() - room) < MIB
+    copy()

@@ -206,6 +206,20 @@ def test_lists_have_filters_and_stable_pages(here: Scene) -> None:
     assert here.client.call(pb.ListSnapshotsRequest(starting_token="x")).code is Code.ABORTED
 
 
+def test_a_snapshot_with_a_damaged_record_hides_no_others_and_can_be_deleted(here: Scene) -> None:
+    volume = here.create("v")
+    made = [here.snapshot(f"s{number}", volume.volume_id).snapshot_id for number in range(3)]
+    (here.data(made[1], "snapshots").parent / "snapshot.json").write_bytes(b"{")
+
+    assert here.listed() == sorted((made[0], made[2]))
+    assert here.listed(source_volume_id=volume.volume_id) == sorted((made[0], made[2]))
+    assert here.client.call(pb.GetSnapshotRequest(snapshot_id=made[1])).code is Code.INTERNAL
+
+    deleted = here.client.call(pb.DeleteSnapshotRequest(snapshot_id=made[1]))
+    assert deleted == pb.DeleteSnapshotResponse()
+    assert here.client.call(pb.GetSnapshotRequest(snapshot_id=made[1])).code is Code.NOT_FOUND
+
+
 def test_one_snapshot_by_its_id(here: Scene) -> None:
     volume = here.create("v")
     snapshot = here.snapshot("s", volume.volume_id)
