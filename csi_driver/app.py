@@ -133,7 +133,7 @@ def build(config: Config) -> Driver:
                 (services["Identity"], Identity(config.driver_name, features)),
                 (services["Controller"], ControllerService(controller, snapshots, features, info.node_id)),
                 (services["GroupController"], GroupService(groups)),
-                (services["SnapshotMetadata"], _metadata(features, pools, locks)),
+                (services["SnapshotMetadata"], _metadata(config, features, pools, locks)),
                 (services["Node"], NodeService(node, features)),
             ],
             calls,
@@ -247,9 +247,10 @@ def _exports(config: Config, servers: Servers) -> Exports:
     return Exports(EXPORTS_DIR / config.driver_name, servers, roots=roots)
 
 
-def _metadata(features: DriverFeatures, pools: Pools, locks: Locks) -> object:
-    # Without it, each of its methods is refused.
-    return MetadataService(ChangedBlocks(pools, locks)) if features.has_blocks else object()
+def _metadata(config: Config, features: DriverFeatures, pools: Pools, locks: Locks) -> object:
+    if not features.has_blocks:
+        return object()  # each of its methods is refused
+    return MetadataService(ChangedBlocks(pools, locks, most=max(1, config.workers // 4)))
 
 
 def _node_info(config: Config, features: DriverFeatures) -> NodeInfo:

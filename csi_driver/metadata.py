@@ -5,13 +5,14 @@ Of snapshots whose payload is an image; a directory has no blocks. How extents a
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Home
-from csi_driver.errors import InvalidArgument, NotFound, OutOfRange
+from csi_driver.errors import InvalidArgument, NotFound, OutOfRange, Unavailable
 from csi_driver.linux import changes
 from csi_driver.locks import Locks
 from csi_driver.model import SnapshotRecord, lock_key
@@ -26,11 +27,13 @@ Message = tuple[int, list[changes.Range]]
 
 
 class ChangedBlocks:
-    """CSI SnapshotMetadata service."""
+    """CSI SnapshotMetadata service; `most` answers are given at one time, as each keeps a worker while it is read."""
 
-    def __init__(self, pools: Pools, locks: Locks) -> None:
+    def __init__(self, pools: Pools, locks: Locks, most: int) -> None:
         self._pools = pools
         self._locks = locks
+        self._most = most
+        self._free = threading.Semaphore(most)
 
     def allocated(self, snapshot_id: str, starting_offset: int, max_results: int) -> Iterator[Message]:
         """The ranges of a snapshot that hold data, some at a time.
@@ -38,10 +41,12 @@ class ChangedBlocks:
         Raises:
             NotFound: there is no such snapshot.
             OutOfRange: the offset is beyond its end.
+            Unavailable: too many others are being answered.
 
         CSI: GetMetadataAllocated.
         """
         with ExitStack() as held:
+            self._take_turn(held)
             held.enter_context(self._locks.hold(shared=[lock_key(snapshot_id)]))
             pool, home, record = self._get(snapshot_id)
             _check_offset(starting_offset, record)
@@ -57,10 +62,12 @@ class ChangedBlocks:
             NotFound: there is no such snapshot.
             InvalidArgument: they are of two volumes.
             OutOfRange: the offset is beyond the target's end.
+            Unavailable: too many others are being answered.
 
         CSI: GetMetadataDelta.
         """
         with ExitStack() as held:
+            self._take_turn(held)
             held.enter_context(self._locks.hold(shared=[lock_key(base_id), lock_key(target_id)]))
             base_pool, base_home, base = self._get(base_id)
             pool, home, record = self._get(target_id)
@@ -78,6 +85,15 @@ class ChangedBlocks:
             share = bool(base.shares and record.shares)
             found = changes.changed(base_fd, fd, starting_offset, share=share)
             yield from _messages(found, record, max_results)
+
+    def _take_turn(self, held: ExitStack) -> None:
+        # Who reads an answer may be a program of a user's that is slow, or has stopped: pods must not wait for it.
+        if not self._free.acquire(blocking=False):
+            raise Unavailable(
+                f"changed blocks: {self._most} answers are being read already, and each keeps one of the driver's workers: "
+                "repeat when one has been read, or raise `workers`"
+            )
+        held.callback(self._free.release)
 
     def _get(self, snapshot_id: str) -> tuple[Pool, Home, SnapshotRecord]:
         found = self._pools.find_snapshot(snapshot_id)
