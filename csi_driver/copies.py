@@ -155,7 +155,8 @@ def find_source(pools: Pools, source: Source) -> tuple[Pool, Home]:
         return found
     if VolumeId.find(source.id) is not None and pools.named_of(source.id) is None:
         raise ResourceExhausted(
-            f"volume_content_source: {source.kind} {source.id!r} is in a pool that this node does not have"
+            f"volume_content_source: {source.kind} {source.id!r} is in a pool that this node does not have: "
+            "a copy is made where its source is; let the pod say so (nodeSelector), or take a class that binds Immediate"
         )
     raise NotFound(f"volume_content_source: {source.kind} {source.id!r}: does not exist")
 
