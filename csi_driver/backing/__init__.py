@@ -106,6 +106,8 @@ def _ensure(pool: PoolConfig, backing: BackingConfig) -> Backing:
             raise _gone(pool, backing, record, "is missing", is_mounted=is_mounted)
         making.make_file(pool.name, backing)
     with _opened(backing, os.O_RDONLY if backing.is_device else os.O_RDWR) as fd:
+        if not is_mounted:
+            mounted.check_nowhere_else(pool, backing, fd)
         uuid = _filesystem(pool, backing, fd, record, is_mounted=is_mounted)
         if not is_mounted and record is None:
             target = str(backing.target)

@@ -120,6 +120,23 @@ def check_empty(pool: PoolConfig) -> None:
             )
 
 
+def check_nowhere_else(pool: PoolConfig, backing: BackingConfig, fd: int) -> None:
+    """Before anything is changed: no other driver has the pool, under another root.
+
+    Raises:
+        ConfigurationError: it is mounted there.
+    """
+    loops = {one.device: os.fspath(one.path) for one in loop.find(fd)}
+    devices = {os.fstat(fd).st_rdev: os.path.realpath(backing.target)} if backing.is_device else loops
+    for entry in mount.mounts():
+        # btrfs tells a device of its own there, not the disk's.
+        if entry.root == "/" and (entry.device in devices or entry.source in devices.values()):
+            raise ConfigurationError(
+                f"{pool.where} root {str(pool.root)!r}: {backing.target} is mounted at {entry.target} already: end the driver "
+                "that has it, and unmount it; or say that root"
+            )
+
+
 def ensure_mounted(pool: PoolConfig, backing: BackingConfig, fd: int, uuid: UUID) -> None:
     """Mount the filesystem at the pool's root, or see that what is mounted there is that one.
 

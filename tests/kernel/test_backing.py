@@ -236,6 +236,25 @@ def test_another_pools_filesystem_is_refused(place: Place) -> None:
         backing.ensure(place.pool(name="slow"))
 
 
+@pytest.mark.parametrize("fs_type", ["xfs", "btrfs"])
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_a_pool_is_not_mounted_at_a_second_root(place: Place, disk: Place, kind: str, fs_type: str) -> None:
+    here = disk if kind == "device" else place
+    pool = here.pool(fs_type)
+    backing.ensure(pool)
+    second = replace(pool, root=here.path / "other" / "fast")
+    assert second.backing is not None
+    if not here.is_device:
+        second = replace(second, backing=replace(second.backing, size_bytes=2 * SIZE))
+
+    with pytest.raises(ConfigurationError, match=f"is mounted at {here.root} already"):
+        backing.ensure(second)
+
+    assert what_is_mounted(second.root) == []
+    assert here.is_device or here.target.stat().st_size == SIZE
+    backing.ensure(pool)
+
+
 def test_a_device_in_use_is_refused(disk: Place) -> None:
     holder = os.open(disk.target, os.O_RDWR | os.O_EXCL)
     try:
