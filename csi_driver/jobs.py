@@ -96,6 +96,7 @@ class Jobs:
         except RuntimeError as error:
             with self._guard:
                 del self._jobs[record.id]
+            held.close()
             raise Aborted("the driver is stopping: repeat when it is back") from error
         return job
 

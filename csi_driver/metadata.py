@@ -83,8 +83,10 @@ class ChangedBlocks:
             _check_offset(starting_offset, record)
             base_fd, fd = _open(base_pool, base_home, held), _open(pool, home, held)
             share = bool(base.shares and record.shares)
-            found = changes.changed(base_fd, fd, starting_offset, share=share)
-            yield from _messages(found, record, max_results)
+            # Known by no name here: it ends with the messages, before the files are closed that it may be reading.
+            yield from _messages(
+                changes.changed(base_fd, fd, starting_offset, share=share), record, max_results
+            )
 
     def _take_turn(self, held: ExitStack) -> None:
         # Who reads an answer may be a program of a user's that is slow, or has stopped: pods must not wait for it.

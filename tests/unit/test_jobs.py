@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Background copies by themselves, without a driver around them."""
+
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from csi_driver.errors import Aborted
+from csi_driver.jobs import Jobs
+from csi_driver.linux.copy import Transfer
+from csi_driver.locks import Locks
+from csi_driver.model import AccessType, SnapshotRecord
+
+RECORD = SnapshotRecord(
+    schema=1, id="p-0-1", name="s", source="p-0-2", size_bytes=1, access_type=AccessType.MOUNT, created_at=0.0
+)
+
+
+def held_by(locks: Locks) -> ExitStack:
+    held = ExitStack()
+    held.enter_context(locks.hold("source"))
+    return held
+
+
+def test_a_job_that_cannot_begin_lets_go_of_its_locks() -> None:
+    jobs, locks = Jobs(1), Locks()
+    jobs.stop()
+
+    with pytest.raises(Aborted, match="stopping"):
+        jobs.start(RECORD, Transfer(), lambda: None, held_by(locks))
+
+    assert jobs.all() == []
+    with locks.hold("source"):
+        pass
+
+
+def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> None:
+    jobs, locks, going, begun = Jobs(1), Locks(), threading.Event(), threading.Event()
+    first = jobs.start(RECORD, Transfer(), lambda: assert_set(going), ExitStack())
+    later = SnapshotRecord(
+        schema=1,
+        id="p-0-3",
+        name="t",
+        source="p-0-2",
+        size_bytes=1,
+        access_type=AccessType.MOUNT,
+        created_at=0.0,
+    )
+    second = jobs.start(later, Transfer(), begun.set, held_by(locks))
+
+    second.transfer.stop()
+    going.set()
+    assert first.wait(10)
+    assert second.wait(10)
+    with pytest.raises(Aborted, match="called off"):
+        jobs.take_failure(later.id)
+    jobs.stop()
+
+    assert not begun.is_set()
+    assert jobs.counts().ended["snapshot", "stopped"] == 1
+    with locks.hold("source"):
+        pass
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(10)
