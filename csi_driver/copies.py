@@ -11,7 +11,7 @@ from csi_driver.catalog import SNAPSHOTS, Home
 from csi_driver.errors import Aborted, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.jobs import Job, Jobs
 from csi_driver.linux.copy import Rate, Stopped, Transfer
-from csi_driver.linux.freeze import FreezeFailed, Freezer, close_all
+from csi_driver.linux.freeze import FreezeFailed, Freezer, FrozenAlready, close_all
 from csi_driver.model import Source, SourceKind, VolumeId
 from csi_driver.pool import CopyOrder, Pool
 from csi_driver.pools import Pools
@@ -79,6 +79,8 @@ class Copier:
                     else:
                         for take in takes:
                             take()
+                except FrozenAlready as error:
+                    raise FailedPrecondition(f"{wanted[0][1].source.id!r}: not copied: {error}") from error
                 except (FreezeFailed, Stopped) as error:
                     raise FailedPrecondition(
                         f"{wanted[0][1].source.id!r}: not copied: {error}: end the pods that use it, or raise freeze_timeout"
@@ -128,10 +130,14 @@ class Copier:
         if holder is None:
             return False
         remedy = "end the pods that use it, or keep volumes in a pool on xfs or btrfs, where copies are made in a moment"
+        if origin.copies_at_once(origin):
+            remedy = (
+                "take a snapshot of it, and restore that into the other pool; or end the pods that use it"
+            )
         fd = _open_mounted(order)
         if fd is None:
             raise FailedPrecondition(
-                f"volume {home.id!r}: in use ({holder}), and this pool's filesystem cannot share blocks: {remedy}"
+                f"volume {home.id!r}: in use ({holder}), and nothing can hold it still while it is copied: {remedy}"
             )
         close_all([fd])
         size = origin.backend.content_bytes(home)

@@ -32,6 +32,10 @@ class FreezeFailed(Exception):
     """The filesystems could not be frozen, or not for as long as was needed."""
 
 
+class FrozenAlready(FreezeFailed):
+    """Somebody else has frozen one of them; says who can end that."""
+
+
 class Freezer:
     """Freezes one set of filesystems at a time. Its watchdog starts at the first freeze and ends with `close`."""
 
@@ -182,7 +186,7 @@ def _freeze(fd: int) -> None:
         online.freeze(fd)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise FreezeFailed(
+            raise FrozenAlready(
                 f"{syscall.describe(fd)} is frozen by somebody else: thaw it (fsfreeze -u)"
             ) from error
         raise

@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -257,6 +258,24 @@ def test_block_volumes_byte_for_byte(name: str, place: Path) -> None:
         assert content == bytes(MIB) + data + bytes(4 * MIB)
         with pytest.raises(InvalidArgument):
             create(rig, "mounted", 64 * MIB, of(taken))
+
+
+def test_one_that_somebody_else_has_frozen_is_told_from_one_that_takes_too_long(place: Path) -> None:
+    chosen = next(kind for kind in ALL if kind.name == "image-xfs")
+    with set_up(chosen, place) as scene:
+        rig = scene.open()
+        origin = rig.controller.create_volume(volume("origin", 16 * MIB)).id
+        with in_pod(scene, rig, origin) as pod:
+            subprocess.run(["fsfreeze", "--freeze", pod], check=True)
+            try:
+                with pytest.raises(
+                    FailedPrecondition, match=r"frozen by somebody else: thaw it \(fsfreeze -u\)$"
+                ):
+                    snapshot(rig, "s", origin)
+            finally:
+                # It is as it was: frozen.
+                subprocess.run(["fsfreeze", "--unfreeze", pod], check=True)
+            snapshot(rig, "s", origin)
 
 
 @contextmanager
