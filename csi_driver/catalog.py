@@ -221,9 +221,13 @@ class Catalog:
             return {}
         return msgspec.convert(raw.get("mutable", {}), dict[str, str])
 
+    def has_committed(self, record: Record | SnapshotRecord | GroupRecord) -> bool:
+        """Whether what this record makes stands in its place."""
+        return self._standing(_PLACES[type(record)][0], record.id) is not None
+
     # Making and removing
 
-    def stage(self, volume_id: str) -> Home:
+    def begin(self, volume_id: str) -> Home:
         """A new, empty home in staging. What an earlier try left must have been discarded.
 
         Raises:
@@ -234,7 +238,7 @@ class Catalog:
         os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
         return home
 
-    def publish(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> Home:
+    def commit(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> Home:
         """Make a filled staging home a volume, a snapshot or a group: record written, all synced, one rename.
 
         The backend has synced the payload. After a crash the home is either in staging or whole in its place.

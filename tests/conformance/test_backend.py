@@ -29,7 +29,7 @@ def record_of(rig: Rig, name: str, size_bytes: int, parameters: Parameters) -> R
 def make_staged(rig: Rig, scene: Scene, name: str = "a", **parameters: str) -> tuple[Home, VolumeSpec]:
     parsed = parse_parameters(rig.pool, parameters, (capability(),))
     spec = VolumeSpec(scene.kind.size_bytes, AccessType.MOUNT, parsed)
-    home = rig.pool.catalog.stage(rig.pool.id_of(name))
+    home = rig.pool.catalog.begin(rig.pool.id_of(name))
     rig.backend.make(home, spec)
     return home, spec
 
@@ -37,7 +37,7 @@ def make_staged(rig: Rig, scene: Scene, name: str = "a", **parameters: str) -> t
 def make_volume(rig: Rig, scene: Scene, name: str = "a", **parameters: str) -> tuple[Home, Record]:
     home, spec = make_staged(rig, scene, name, **parameters)
     record = record_of(rig, name, spec.size_bytes, spec.parameters)
-    return rig.pool.catalog.publish(home, record), record
+    return rig.pool.catalog.commit(home, record), record
 
 
 def enforced(rig: Rig, size_bytes: int) -> int:
@@ -274,7 +274,7 @@ def test_cleared_home_can_be_removed_and_made_anew(scene: Scene, times: int) -> 
 
 def test_clearing_an_empty_home_is_fine(scene: Scene) -> None:
     rig = scene.open()
-    home = rig.pool.catalog.stage(rig.pool.id_of("a"))
+    home = rig.pool.catalog.begin(rig.pool.id_of("a"))
 
     rig.backend.clear(home)
     rig.pool.catalog.remove(home)

@@ -214,7 +214,7 @@ def test_no_room_leaves_nothing(scene: Scene) -> None:
 def test_a_restart_drops_a_half_copy(scene: Scene) -> None:
     rig, size = scene.open(), scene.kind.size_bytes
     origin = create(rig, "origin", size)
-    home = rig.pool.catalog.stage(rig.pool.snapshot_id_of("half"))
+    home = rig.pool.catalog.begin(rig.pool.snapshot_id_of("half"))
     record = rig.pool.catalog.read(rig.pool.catalog.get(origin))
     spec = VolumeSpec(size, AccessType.MOUNT, rig.pool.parameters(record), snapshot=True)
     share = rig.backend.features.shares_copies

@@ -94,7 +94,7 @@ def test_half_made_volume_is_discarded_at_the_start(scene: Scene) -> None:
     rig = scene.open()
     parameters = rig.backend.parse({}, AccessType.MOUNT, "")
     for name in ("empty", "made"):
-        home = rig.pool.catalog.stage(rig.pool.id_of(name))
+        home = rig.pool.catalog.begin(rig.pool.id_of(name))
     rig.backend.make(home, VolumeSpec(scene.kind.size_bytes, AccessType.MOUNT, parameters))
 
     assert nothing_is_left(scene.open())
@@ -103,7 +103,7 @@ def test_half_made_volume_is_discarded_at_the_start(scene: Scene) -> None:
 def test_half_made_volume_is_discarded_by_the_next_try(scene: Scene) -> None:
     rig = scene.open()
     parameters = rig.backend.parse({}, AccessType.MOUNT, "")
-    home = rig.pool.catalog.stage(rig.pool.id_of("a"))
+    home = rig.pool.catalog.begin(rig.pool.id_of("a"))
     rig.backend.make(home, VolumeSpec(scene.kind.size_bytes, AccessType.MOUNT, parameters))
 
     volume_id = create(scene, rig)

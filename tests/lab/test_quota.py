@@ -253,7 +253,7 @@ def test_limits_and_usage_outlive_a_remount_and_a_restart(place: Place, tmp_path
 def test_what_a_dead_build_left_frees_its_id_at_the_next_start(place: Place) -> None:
     with open_rig(place.config) as rig:
         volume_id = rig.pool.id_of("one")
-        home = rig.pool.catalog.stage(volume_id)
+        home = rig.pool.catalog.begin(volume_id)
         rig.backend.make(home, VolumeSpec(SIZE, AccessType.MOUNT, Parameters()))
         project_id = place.id_of(home.path)
         assert place.usage(project_id).limit_bytes == SIZE
@@ -266,7 +266,7 @@ def test_what_a_dead_build_left_frees_its_id_at_the_next_start(place: Place) -> 
 
 def test_a_build_that_died_between_id_and_limit_is_made_anew(place: Place, rig: Rig) -> None:
     volume_id = rig.pool.id_of("one")
-    home = rig.pool.catalog.stage(volume_id)
+    home = rig.pool.catalog.begin(volume_id)
     wanted = FIRST_ID + int(volume_id[-8:], 16) % (LAST_ID - FIRST_ID + 1)
     asked(home.path, lambda fd: quota.set_project(fd, wanted))
 

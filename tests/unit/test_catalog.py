@@ -38,9 +38,9 @@ def record_of(volume_id: str, **changes: Any) -> Record:
     return Record(**(fields | changes))
 
 
-def publish(catalog: Catalog, name: str = "pvc-1") -> Home:
+def commit(catalog: Catalog, name: str = "pvc-1") -> Home:
     volume_id = id_in(catalog, name)
-    return catalog.publish(catalog.stage(volume_id), record_of(volume_id))
+    return catalog.commit(catalog.begin(volume_id), record_of(volume_id))
 
 
 def test_new_pool_is_laid_out(tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def test_refusal_leaves_no_descriptor_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_volume_exists_from_publish_on_and_not_before(catalog: Catalog) -> None:
+def test_volume_exists_from_its_commit_on_and_not_before(catalog: Catalog) -> None:
     volume_id = id_in(catalog)
 
-    staged = catalog.stage(volume_id)
+    staged = catalog.begin(volume_id)
     assert catalog.find(volume_id) is None
     assert catalog.ids() == []
 
-    home = catalog.publish(staged, record_of(volume_id))
+    home = catalog.commit(staged, record_of(volume_id))
     assert catalog.find(volume_id) == home
     assert catalog.ids() == [volume_id]
     assert list(catalog.staged()) == []
@@ -150,7 +150,7 @@ def test_what_is_no_id_of_this_pool_is_never_looked_for(catalog: Catalog, volume
 
 def test_ids_come_in_order(catalog: Catalog) -> None:
     for number in range(20):
-        publish(catalog, f"pvc-{number}")
+        commit(catalog, f"pvc-{number}")
 
     ids = catalog.ids()
 
@@ -159,32 +159,32 @@ def test_ids_come_in_order(catalog: Catalog) -> None:
 
 
 def test_listing_while_volumes_come(catalog: Catalog) -> None:
-    publish(catalog, "a")
+    commit(catalog, "a")
     assert len(catalog.ids()) == 1
 
-    publish(catalog, "b")
+    commit(catalog, "b")
 
     assert len(catalog.ids()) == 2
 
 
-def test_publishing_over_a_volume_is_refused(catalog: Catalog) -> None:
-    home = publish(catalog)
+def test_committing_over_a_volume_is_refused(catalog: Catalog) -> None:
+    home = commit(catalog)
 
     with pytest.raises(FileExistsError):
-        catalog.publish(catalog.stage(home.id), record_of(home.id))
+        catalog.commit(catalog.begin(home.id), record_of(home.id))
 
     assert catalog.read(home) == record_of(home.id)
 
 
 def test_staged_twice_is_refused(catalog: Catalog) -> None:
-    catalog.stage(id_in(catalog))
+    catalog.begin(id_in(catalog))
 
     with pytest.raises(FileExistsError):
-        catalog.stage(id_in(catalog))
+        catalog.begin(id_in(catalog))
 
 
 def test_leftover_in_staging_is_found_and_removed(catalog: Catalog) -> None:
-    staged = catalog.stage(id_in(catalog))
+    staged = catalog.begin(id_in(catalog))
     (staged.path / "data").mkdir()
     (staged.path / "data" / "x").touch()
 
@@ -197,7 +197,7 @@ def test_leftover_in_staging_is_found_and_removed(catalog: Catalog) -> None:
 
 
 def test_trash_takes_a_volume_out_of_existence_with_its_files(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
 
     trashed = catalog.trash(home)
 
@@ -209,21 +209,21 @@ def test_trash_takes_a_volume_out_of_existence_with_its_files(catalog: Catalog) 
 
 
 def test_same_volume_can_be_in_the_trash_twice(catalog: Catalog) -> None:
-    catalog.trash(publish(catalog))
-    catalog.trash(publish(catalog))
+    catalog.trash(commit(catalog))
+    catalog.trash(commit(catalog))
 
     assert len(list(catalog.trashed())) == 2
 
 
 def test_what_need_not_be_kept_was_deleted_long_ago(catalog: Catalog) -> None:
-    catalog.trash(publish(catalog), keep=False)
+    catalog.trash(commit(catalog), keep=False)
 
     [(_, when)] = catalog.trashed()
     assert when < 1e9
 
 
 def test_volumes_are_never_removed(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
 
     with pytest.raises(Error, match="only staging and trash"):
         catalog.remove(home)
@@ -232,7 +232,7 @@ def test_volumes_are_never_removed(catalog: Catalog) -> None:
 
 
 def test_update_keeps_what_this_version_does_not_know(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     path = home.path / "volume.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mood": {"calm": True}}))
 
@@ -245,7 +245,7 @@ def test_update_keeps_what_this_version_does_not_know(catalog: Catalog) -> None:
 
 
 def test_record_is_readable_by_a_person(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     catalog.update(home, size_bytes=8192)
 
     assert (home.path / "volume.json").read_text().count("\n") > 5
@@ -263,7 +263,7 @@ def test_record_is_readable_by_a_person(catalog: Catalog) -> None:
     ],
 )
 def test_unreadable_record_says_why(catalog: Catalog, content: str, kind: type[Error], said: str) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     (home.path / "volume.json").write_bytes(content.encode("latin-1"))
 
     with pytest.raises(Error, match=said) as refused:
@@ -274,7 +274,7 @@ def test_unreadable_record_says_why(catalog: Catalog, content: str, kind: type[E
 
 
 def test_home_without_record_is_not_found(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     (home.path / "volume.json").unlink()
 
     with pytest.raises(NotFound, match="no record"):
@@ -282,7 +282,7 @@ def test_home_without_record_is_not_found(catalog: Catalog) -> None:
 
 
 def test_record_is_not_read_through_a_symlink(catalog: Catalog, tmp_path: Path) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     elsewhere = tmp_path / "elsewhere"
     (home.path / "volume.json").rename(elsewhere)
     (home.path / "volume.json").symlink_to(elsewhere)
@@ -292,7 +292,7 @@ def test_record_is_not_read_through_a_symlink(catalog: Catalog, tmp_path: Path) 
 
 
 def test_home_opens_nothing_outside(catalog: Catalog) -> None:
-    home = publish(catalog)
+    home = commit(catalog)
     (home.path / "data").symlink_to("/etc")
 
     for path in ("data/hostname", "../../pool.json", "data"):
@@ -314,14 +314,14 @@ def test_drivers_that_share_a_pool_keep_out_of_each_other_s_staging(tmp_path: Pa
     one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
     assert one.tag == two.tag
     volume_id = id_in(one)
-    staged = one.stage(volume_id)
+    staged = one.begin(volume_id)
 
-    for call in (two.find_staged, two.stage):
+    for call in (two.find_staged, two.begin):
         with pytest.raises(Aborted, match="another driver"):
             call(volume_id)
     with pytest.raises(Aborted, match="another driver"):
         two.remove(two.placed(volume_id, volume_id, "staging"))
-    one.publish(staged, record_of(volume_id))
+    one.commit(staged, record_of(volume_id))
 
     assert two.find(volume_id) is not None and two.find_staged(volume_id) is None
     assert not os.listdir(tmp_path / "pool/locks")
@@ -332,13 +332,13 @@ def test_drivers_that_share_a_pool_keep_out_of_each_other_s_staging(tmp_path: Pa
 def test_what_a_driver_that_died_was_making_is_the_next_one_s(tmp_path: Path) -> None:
     one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
     volume_id = id_in(one)
-    one.stage(volume_id)
+    one.begin(volume_id)
 
     one.close()
 
     left = two.find_staged(volume_id)
     assert left is not None
     two.remove(left)
-    two.publish(two.stage(volume_id), record_of(volume_id))
+    two.commit(two.begin(volume_id), record_of(volume_id))
     assert not os.listdir(tmp_path / "pool/locks")
     two.close()

@@ -23,7 +23,7 @@ class Pool:
 
     def add(self, name: str) -> str:
         volume_id = str(VolumeId("fast", self.catalog.tag, name_hash(name)))
-        home = self.catalog.stage(volume_id)
+        home = self.catalog.begin(volume_id)
         (home.path / "data").mkdir()
         record = Record(
             schema=1,
@@ -34,7 +34,7 @@ class Pool:
             pvc_namespace="web",
             pvc_name=f"claim-{name}",
         )
-        self.catalog.publish(home, record)
+        self.catalog.commit(home, record)
         return volume_id
 
     def record_file(self, volume_id: str) -> Path:
@@ -109,7 +109,7 @@ def test_doctor_finds_nothing_wrong_with_a_whole_pool(pool: Pool) -> None:
 def test_doctor_tells_damage_and_leftovers(pool: Pool) -> None:
     volume_id = pool.add("one")
     (pool.config.root / "volumes" / volume_id / "data").rmdir()
-    pool.catalog.stage("fast-half-made")
+    pool.catalog.begin("fast-half-made")
 
     assert any("neither image nor data" in problem for problem in pool.problems())
     warnings = [finding for finding in look_at_pool(pool.config) if finding.level is Level.WARNING]

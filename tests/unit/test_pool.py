@@ -69,11 +69,21 @@ class Interposed:
 @contextmanager
 def interposed(pool: Pool, *, after: bool = False, **hooks: Hook) -> Iterator[None]:
     whole = pool.backend
-    pool.backend = cast(Backend, Interposed(whole, hooks, after))
+    interposer = cast(Backend, Interposed(whole, hooks, after))
+    # The pool and its parts, which have the backend each.
+    places = [
+        (part, name)
+        for part in (pool, *vars(pool).values())
+        for name, value in getattr(part, "__dict__", {}).items()
+        if value is whole
+    ]
+    for part, name in places:
+        setattr(part, name, interposer)
     try:
         yield
     finally:
-        pool.backend = whole
+        for part, name in places:
+            setattr(part, name, whole)
 
 
 def fail(error: Exception) -> Hook:
@@ -126,7 +136,7 @@ def test_undo_that_fails_is_aborted_and_the_next_try_finishes_it(rig: Rig) -> No
 
 
 def test_leftover_that_cannot_be_removed_is_aborted(rig: Rig) -> None:
-    rig.pool.catalog.stage(rig.pool.id_of("a"))
+    rig.pool.catalog.begin(rig.pool.id_of("a"))
 
     with interposed(rig.pool, clear=BUSY), pytest.raises(Aborted, match="earlier try"):
         create(rig.pool)
@@ -359,7 +369,7 @@ def test_pool_that_lost_its_uuid_is_not_given_another(opened: OpenRig) -> None:
 
 def test_half_made_volumes_are_discarded(opened: OpenRig) -> None:
     rig = opened()
-    staged = rig.pool.catalog.stage(rig.pool.id_of("a"))
+    staged = rig.pool.catalog.begin(rig.pool.id_of("a"))
     rig.backend.make(staged, VolumeSpec(SIZE, AccessType.MOUNT))
 
     rig = opened()

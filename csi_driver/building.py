@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Homes in staging: filled there, begun and committed by the catalog, and removed again when that fails.
+
+What a home is filled with is the backend's business, what it is charged `charges`'.
+"""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from csi_driver.backends.base import Backend
+from csi_driver.catalog import Catalog, Home
+from csi_driver.errors import Aborted, Error, Unavailable
+from csi_driver.model import GroupRecord, Record, SnapshotRecord
+
+log = logging.getLogger(__name__)
+
+
+class Build:
+    """A home being made: `home` is for the body to fill; `record` is what it gets, and may still be exchanged."""
+
+    def __init__(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> None:
+        self.home = home
+        self.record = record
+
+
+class Builder:
+    """Makes and unmakes the homes of one pool."""
+
+    def __init__(self, pool_name: str, catalog: Catalog, backend: Backend) -> None:
+        self._pool_name = pool_name
+        self._catalog = catalog
+        self._backend = backend
+
+    @contextmanager
+    def building(self, record: Record | SnapshotRecord | GroupRecord) -> Iterator[Build]:
+        """A home in staging for the body to fill; committed when that ends well, else removed.
+
+        Raises:
+            Aborted: it failed, and so did undoing it; or it stands, but perhaps not on the disk yet: repeat.
+        """
+        build = Build(self._catalog.begin(record.id), record)
+        try:
+            yield build
+            self._catalog.commit(build.home, build.record)
+        except BaseException as failure:
+            if self._catalog.has_committed(record):
+                # Only the last sync failed: it stands, and a repeat finds it or not.
+                raise Aborted(f"{record.id!r}: made, but not surely on disk ({failure}): repeat") from failure
+            try:
+                self._discard_staged(build.home)
+            except (OSError, Error) as error:
+                raise Aborted(
+                    f"{record.id!r}: making it failed ({failure}), and so did removing what was made "
+                    f"({error}): it is removed at the next try"
+                ) from failure
+            raise
+
+    def discard(self, home: Home) -> None:
+        """Remove all of a home in staging or in the trash."""
+        self._backend.clear(home)
+        self._catalog.remove(home)
+
+    def discard_all(self) -> None:
+        """Remove what builds that died have left."""
+        for home in list(self._catalog.staged()):
+            try:
+                self.discard(home)
+            except (OSError, Error) as error:
+                log.error(
+                    "pool %s: %s: half-made, and cannot be removed yet: %s", self._pool_name, home.path, error
+                )
+
+    def discard_leftover(self, made_id: str) -> None:
+        """Remove what an earlier try of this one has left.
+
+        Raises:
+            Aborted: it cannot be removed yet.
+        """
+        leftover = self._catalog.find_staged(made_id)
+        if leftover is None:
+            return
+        try:
+            self._discard_staged(leftover)
+        except (OSError, Error) as error:
+            if isinstance(error, OSError) and error.errno == errno.EROFS:
+                raise
+            raise Aborted(
+                f"volume {made_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
+            ) from error
+
+    def _discard_staged(self, home: Home) -> None:
+        try:
+            self.discard(home)
+        except BaseException:
+            # Another driver that has the pool may try.
+            with suppress(Unavailable):
+                self._catalog.abandon(home.id)
+            raise
