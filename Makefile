@@ -70,7 +70,7 @@ check: setup-check  ## all that needs no running driver: format, lint, types, la
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(SOURCES)
-	$(BIN)/lint-imports --config pyproject.toml --no-cache
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 	@tools/shellcheck $(SCRIPTS)
 	tools/proto --check
