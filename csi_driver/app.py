@@ -114,6 +114,7 @@ def build(config: Config) -> Driver:
         info = _node_info(config, features)
         locks, health, calls = Locks(), Health(pools), Calls()
         copier = Copier(Jobs(config.copy_jobs), Freezer(config.freeze_timeout_s))
+        copier.adopt(pools)
         groups = Groups(pools, locks, copier, info.segments)
         groups.adopt()
         snapshots = Snapshots(pools, locks, copier, info.segments)

@@ -62,15 +62,17 @@ class Builder:
         self._backend.clear(home)
         self._catalog.remove(home)
 
-    def discard_all(self) -> None:
-        """Remove what builds that died have left."""
-        for home in list(self._catalog.staged()):
+    def discard_all(self) -> bool:
+        """Remove what builds that died have left; whether there was anything."""
+        left = list(self._catalog.staged())
+        for home in left:
             try:
                 self.discard(home)
             except (OSError, Error) as error:
                 log.error(
                     "pool %s: %s: half-made, and cannot be removed yet: %s", self._pool_name, home.path, error
                 )
+        return bool(left)
 
     def discard_leftover(self, made_id: str) -> None:
         """Remove what an earlier try of this one has left.

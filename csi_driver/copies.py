@@ -4,17 +4,21 @@
 What may be copied into what is decided here and in `provision`; the room it takes and the steps of it are `pool`'s.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from csi_driver.backends.base import Directory
 from csi_driver.catalog import SNAPSHOTS, Home
-from csi_driver.errors import Aborted, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.errors import Aborted, Error, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.jobs import Job, Jobs
 from csi_driver.linux.copy import Rate, Stopped, Transfer
-from csi_driver.linux.freeze import FreezeFailed, Freezer, FrozenAlready, close_all
+from csi_driver.linux.freeze import FreezeFailed, Freezer, FrozenAlready, close_all, thaw_left
 from csi_driver.model import Source, SourceKind, VolumeId
 from csi_driver.pool import CopyOrder, Pool
 from csi_driver.pools import Pools
+
+log = logging.getLogger(__name__)
 
 PRESUMED_BYTES_PER_S = 100 << 20
 """What a disk surely copies: a volume in use with more data than fits into a freeze is not even tried."""
@@ -31,6 +35,16 @@ class Copier:
         self.freezer = freezer
         self._patience_s = patience_s
         self._rates: dict[str, Rate] = {}
+
+    def adopt(self, pools: Pools) -> None:
+        """Thaw what is frozen yet, where a copy was under way when the driver died.
+
+        Its watchdog has done that, unless it was killed at the same moment, as all processes of a container are when
+        one of them runs out of memory.
+        """
+        if any(pool.was_interrupted for pool in pools):
+            for pool in pools.near([]):
+                _thaw_all(pool)
 
     def close(self) -> None:
         """End all that goes on."""
@@ -180,6 +194,20 @@ def check_ended(job: Job | None) -> None:
 def _copy(pool: Pool, order: CopyOrder) -> None:
     with pool.copying(order) as take:
         take()
+
+
+def _thaw_all(pool: Pool) -> None:
+    for volume_id in pool.catalog.ids():
+        home = pool.catalog.home(volume_id)
+        try:
+            fd = pool.backend.open_mounted(home, pool.catalog.read(home))
+            if fd is None:
+                continue
+            with Directory(fd):
+                if thaw_left(fd):
+                    log.warning("volume %s: thawed: the driver died while it held it still", volume_id)
+        except (OSError, Error) as error:
+            log.error("volume %s: cannot be looked at: %s", volume_id, error)
 
 
 def _can_be_still(order: CopyOrder) -> bool:

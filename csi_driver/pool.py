@@ -82,6 +82,8 @@ class Pool:
         self._trash = Trash(catalog, config, self._remove, self._charges.rename)
         self.on_trash: Callable[[], None] = lambda: None
         self.adopted = False
+        self.was_interrupted = False
+        """Whether something was half made at the start."""
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
 
@@ -93,7 +95,7 @@ class Pool:
         """
         # What is half made in a store that others work in may be theirs; a repeat of the call discards it.
         if not self.is_apart:
-            self._builder.discard_all()
+            self.was_interrupted = self._builder.discard_all()
         self.adopted = True
         volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
         snapshots = self.catalog.snapshots()

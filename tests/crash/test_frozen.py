@@ -18,6 +18,8 @@ import pytest
 
 from bench.client import Client, Kind, Places
 from bench.driver import Driver
+from csi_driver.backends.base import Directory
+from csi_driver.linux import freeze
 from csi_driver.model import MIB
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.rig import KINDS
@@ -96,6 +98,8 @@ def in_use(scene: Scene, place: Path) -> Iterator[tuple[Driver, Client, str, Wri
     try:
         yield driver, client, origin, writer
     finally:
+        with Directory(os.open(places.target, os.O_RDONLY)) as target:
+            freeze.thaw_left(target.fd)  # or a test that fails would not end
         writer.end()
         client.close()
         driver.kill()
@@ -105,6 +109,12 @@ def in_use(scene: Scene, place: Path) -> Iterator[tuple[Driver, Client, str, Wri
         client.unstage(origin, places)
         client.close()
         driver.stop()
+
+
+def watchdogs(pid: int) -> list[int]:
+    """The processes that a driver has started."""
+    children = Path("/proc", str(pid), "task").glob("*/children")
+    return [int(child) for thread in children for child in thread.read_text().split()]
 
 
 def snapshot(client: Client, origin: str) -> Any:
@@ -136,6 +146,27 @@ def test_its_death(place: Path) -> None:
         assert os.listdir(scene.root / "staging") == os.listdir(scene.root / "snapshots") == []
         assert snapshot(again, origin).result().snapshot.ready_to_use
         again.close()
+
+
+def test_its_death_and_its_watchdogs_at_once(place: Path) -> None:
+    """As when a container runs out of memory: the kernel kills all that is in it."""
+    with set_up(IMAGE, place, 2 << 30) as scene, in_use(scene, place) as (driver, client, origin, writer):
+        call = snapshot(client, origin)
+        wait_for_copy(scene)
+        all_of_it = [*watchdogs(driver.pid), driver.pid]
+        assert len(all_of_it) == 2
+        for pid in all_of_it:
+            os.kill(pid, signal.SIGSTOP)
+        assert writer.is_still(), "the copy had ended before it could be met"
+        for pid in all_of_it:
+            os.kill(pid, signal.SIGKILL)
+        driver.kill()
+        assert writer.is_still(), "somebody has thawed it, and this proves nothing"
+
+        driver.start()
+
+        writer.wait(LIMIT_S)
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_its_standing_still(place: Path) -> None:

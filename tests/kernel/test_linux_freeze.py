@@ -7,13 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from csi_driver.linux import freeze, online
+from csi_driver.linux import freeze, online, syscall
 from csi_driver.linux.freeze import FreezeFailed, Freezer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ def opened(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def freezer(limit_s: float = 5.0) -> Iterator[Freezer]:
-    made = Freezer(limit_s)
+def freezer(limit_s: float = 5.0, expedited: Path = freeze.EXPEDITED) -> Iterator[Freezer]:
+    made = Freezer(limit_s, expedited)
     try:
         yield made
     finally:
@@ -43,6 +43,21 @@ def until_thawed(fd: int, timeout_s: float) -> float:
         assert time.monotonic() - began < timeout_s, "still frozen"
         time.sleep(0.02)
     return time.monotonic() - began
+
+
+def until(true: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def switch(tmp_path: Path) -> Path:
+    """In the place of the kernel's."""
+    path = tmp_path / "rcu_expedited"
+    path.write_text("0\n")
+    return path
 
 
 def test_nothing_is_written_while_it_lasts(ext4_pool: Path) -> None:
@@ -107,27 +122,30 @@ def test_a_failing_body_thaws(ext4_pool: Path) -> None:
 
 PROGRAM = """
 import os, sys, time
+from pathlib import Path
 from csi_driver.linux.freeze import Freezer
-fds = [os.open(path, os.O_RDONLY) for path in sys.argv[1:]]
-with Freezer(60).frozen(fds):
+fds = [os.open(path, os.O_RDONLY) for path in sys.argv[2:]]
+with Freezer(60, Path(sys.argv[1])).frozen(fds):
     print("frozen", flush=True)
     time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
-def test_the_death_of_the_driver_thaws(ext4_pool: Path, xfs_pool: Path, signal_: int) -> None:
-    argv = [sys.executable, "-c", PROGRAM, str(ext4_pool), str(xfs_pool)]
+def test_the_death_of_the_driver_thaws(ext4_pool: Path, xfs_pool: Path, switch: Path, signal_: int) -> None:
+    argv = [sys.executable, "-c", PROGRAM, str(switch), str(ext4_pool), str(xfs_pool)]
     with opened(ext4_pool) as one, opened(xfs_pool) as two:
         driver = subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert driver.stdout is not None
         assert driver.stdout.readline() == b"frozen\n"
         assert freeze.is_frozen(one)
+        assert switch.read_text() == "1\n"
         driver.send_signal(signal_)
         driver.wait()
         driver.stdout.close()
         assert until_thawed(one, 5) < 1
         until_thawed(two, 5)
+        until(lambda: switch.read_text() == "0\n")
 
 
 def test_a_dead_watchdog_is_replaced(ext4_pool: Path) -> None:
@@ -140,3 +158,71 @@ def test_a_dead_watchdog_is_replaced(ext4_pool: Path) -> None:
         process.wait()
         with made.frozen([fd]):
             assert freeze.is_frozen(fd)
+
+
+def test_the_kernel_hurries_while_it_lasts_and_not_after(ext4_pool: Path) -> None:
+    if not os.access(freeze.EXPEDITED, os.W_OK):
+        pytest.skip("this kernel cannot be told to expedite its grace periods here")
+    before = freeze.EXPEDITED.read_text()
+    with freezer() as made, opened(ext4_pool) as fd:
+        with made.frozen([fd]):
+            assert freeze.EXPEDITED.read_text().strip() == "1"
+        assert freeze.EXPEDITED.read_text() == before
+
+
+def test_who_is_late_is_hurried_no_more(ext4_pool: Path, switch: Path) -> None:
+    with freezer(0.1, switch) as made, opened(ext4_pool) as fd:
+        with pytest.raises(FreezeFailed), made.frozen([fd]):
+            time.sleep(0.3)
+        assert switch.read_text() == "0\n"
+
+
+def test_a_kernel_that_somebody_else_has_told_to_hurry_stays_so(ext4_pool: Path, switch: Path) -> None:
+    switch.write_text("1\n")
+    with freezer(expedited=switch) as made, opened(ext4_pool) as fd, made.frozen([fd]):
+        pass
+    assert switch.read_text() == "1\n"
+
+
+def test_two_drivers_do_not_leave_the_kernel_hurried(ext4_pool: Path, xfs_pool: Path, switch: Path) -> None:
+    with freezer(expedited=switch) as one, freezer(expedited=switch) as two:
+        with opened(ext4_pool) as first, opened(xfs_pool) as second, ExitStack() as later:
+            with one.frozen([first]):
+                later.enter_context(two.frozen([second]))
+                assert switch.read_text() == "1\n"
+            later.close()
+    assert switch.read_text() == "0\n"
+
+
+@pytest.mark.parametrize("path", ["missing", "."])
+def test_a_kernel_that_cannot_hurry_freezes_all_the_same(ext4_pool: Path, tmp_path: Path, path: str) -> None:
+    with freezer(expedited=tmp_path / path) as made, opened(ext4_pool) as fd, made.frozen([fd]):
+        assert freeze.is_frozen(fd)
+
+
+def test_what_nobody_holds_any_more_can_be_thawed(ext4_pool: Path) -> None:
+    with opened(ext4_pool) as fd:
+        online.freeze(fd)
+        assert freeze.thaw_left(fd)
+        assert not freeze.is_frozen(fd)
+        assert not freeze.thaw_left(fd)
+
+
+def test_what_was_written_in_a_long_writing_out_is_written_before_the_freeze(
+    monkeypatch: pytest.MonkeyPatch, ext4_pool: Path
+) -> None:
+    """A volume that is written to all the time is never clean: it is frozen all the same, after a few rounds."""
+    rounds: list[int] = []
+
+    def slow(fd: int) -> None:
+        rounds.append(fd)
+        time.sleep(0.03 if len(rounds) != 2 else 0)
+
+    monkeypatch.setattr(syscall, "syncfs", slow)
+    with freezer() as made, opened(ext4_pool) as fd:
+        with made.frozen([fd]):
+            pass
+        assert len(rounds) == 2
+        with made.frozen([fd]):
+            pass
+        assert len(rounds) == 2 + 4
