@@ -101,7 +101,7 @@ def _ensure(pool: PoolConfig, backing: BackingConfig) -> Backing:
         mounted.check_empty(pool)
         record = mounted.read_record(pool.root)
         making.sweep(pool.root, "backing")
-    if not backing.is_device and not backing.target.exists():
+    if not backing.is_device and not os.path.lexists(backing.target):
         if is_mounted or record:
             raise _gone(pool, backing, record, "is missing", is_mounted=is_mounted)
         making.make_file(pool.name, backing)
@@ -125,6 +125,12 @@ def _filesystem(
     content = look(fd, pool.name)
     if content.state is State.FOREIGN:
         raise ConfigurationError(_foreign(backing, content))
+    if content.missing_bytes:
+        # To lengthen a file that was cut would bring it the zeros that the kernel mounts, and not what was in its end.
+        raise ConfigurationError(
+            f"{backing.where}: {backing.target} has been cut: its {content.what} needs {content.missing_bytes} bytes more: "
+            "bring them back, or restore it from a backup"
+        )
     if not backing.is_device:
         making.sweep(backing.target.parent, backing.target.name)
         _check_size(backing, fd)
@@ -140,6 +146,11 @@ def _filesystem(
         return content.uuid
     if is_mounted or record:
         raise _gone(pool, backing, record, f"holds {content.what}", is_mounted=is_mounted)
+    for attached in () if backing.is_device else loop.find(fd):
+        raise ConfigurationError(
+            f"{backing.where} file {str(backing.target)!r}: is attached as {attached.path}, so somebody else may be about to "
+            f"write to it: give another, or `losetup --detach {attached.path}`"
+        )
     with _opened(backing, os.O_RDWR | (os.O_EXCL if backing.is_device else 0)) as writable:
         return making.fill(writable, pool.name, backing, pool.root)
 
@@ -153,6 +164,10 @@ def _opened(backing: BackingConfig, flags: int) -> Iterator[int]:
         if error.errno == errno.EBUSY:
             raise ConfigurationError(
                 f"{backing.where} device {str(backing.target)!r}: is in use (mounted, or a part of RAID or LVM): give another"
+            ) from error
+        if error.errno == errno.ELOOP:
+            raise ConfigurationError(
+                f"{backing.where} file {str(backing.target)!r}: is a symbolic link: say where the file itself is"
             ) from error
         raise
     try:
@@ -201,7 +216,7 @@ def _gone(
 
 
 def _foreign(backing: BackingConfig, content: Content) -> str:
-    remedy = f"give another; or, if that may be lost, clear it: `wipefs --all {backing.target}`, or zeros if no signature is known"
+    remedy = f"give another; or, if that may be lost, write zeros: `blkdiscard --zeroout {backing.target}`"
     if not backing.is_device:
         remedy = "give another name; or remove it, if that may be lost"
     key = "device" if backing.is_device else "file"

@@ -37,6 +37,8 @@ class Content:
     state: State
     what: str
     uuid: UUID | None = None
+    missing_bytes: int = 0
+    """What a filesystem of ours needs beyond the end of its file or device."""
 
 
 def new_uuid(pool: str) -> UUID:
@@ -81,7 +83,7 @@ def look(fd: int, pool: str) -> Content:
         if known is None:
             return Content(State.FOREIGN, f"a half-made filesystem of pool {half[1].decode()!r}")
     if identity is not None and is_of(identity.uuid, pool):
-        return Content(State.OURS, identity.fs_type, identity.uuid)
+        return Content(State.OURS, identity.fs_type, identity.uuid, max(0, identity.size_bytes - size))
     if identity is not None:
         return Content(State.FOREIGN, f"{identity.fs_type} with the uuid {identity.uuid}")
     if known is not None:

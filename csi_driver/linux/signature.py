@@ -6,6 +6,7 @@ Only `is_blank` says that nothing is there. That no known signature is found doe
 
 import errno
 import os
+import random
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -13,7 +14,8 @@ from uuid import UUID
 from csi_driver.linux import syscall
 
 _MIB: Final = 1 << 20
-_SAMPLES: Final = 256
+_HEAD_BYTES: Final = 1 << 30
+_SAMPLES: Final = 1024
 _SAMPLE_BYTES: Final = 64 << 10
 
 
@@ -157,10 +159,12 @@ class Identity:
 
     fs_type: str
     uuid: UUID
+    size_bytes: int
+    """What it needs, or needed when that was last written out: it may have grown since."""
 
 
-_XFS_UUID: Final = 32
-_BTRFS_UUID: Final = 65536 + 32
+_XFS_SUPERBLOCK: Final = 0
+_BTRFS_SUPERBLOCK: Final = 65536
 
 
 def identify(fd: int) -> Identity | None:
@@ -168,17 +172,35 @@ def identify(fd: int) -> Identity | None:
 
     Raises OSError: the device cannot be read.
     """
-    places = {"xfs": _XFS_UUID, "btrfs": _BTRFS_UUID}
-    found = detect(fd)
-    if found not in places:
-        return None
-    return Identity(found, UUID(bytes=_read(fd, places[found], 16)))
+    match detect(fd):
+        case "xfs":
+            block = _read(fd, _XFS_SUPERBLOCK, 48)
+            size = int.from_bytes(block[4:8], "big") * int.from_bytes(block[8:16], "big")
+            return Identity("xfs", UUID(bytes=block[32:48]), size)
+        case "btrfs":
+            block = _read(fd, _BTRFS_SUPERBLOCK, 0x78)
+            size = int.from_bytes(block[0x70:0x78], "little")
+            return Identity("btrfs", UUID(bytes=block[32:48]), size)
+    return None
 
 
 def is_unused(fd: int) -> bool:
-    """Whether a device is blank, as `is_blank` has it, and is zero at many places in between, too."""
+    """Whether a device is blank, as `is_blank` has it, and is zero in its beginning and in many places beyond it.
+
+    All of a small device. Of a large one, which would take hours, so much that a filesystem is met wherever a partition
+    usually begins, though nothing may be left of the partition table.
+    """
     if not is_blank(fd):
         return False
     size = os.lseek(fd, 0, os.SEEK_END)
-    step = max(_SAMPLE_BYTES, size // _SAMPLES)
-    return all(is_zero(fd, offset, min(_SAMPLE_BYTES, size - offset)) for offset in range(0, size, step))
+    if not is_zero(fd, 0, min(size, _HEAD_BYTES)):
+        return False
+    # Not at even distances, for filesystems leave the same places of their groups empty; always the same ones, so that
+    # what was refused once is refused again.
+    places = random.Random(0)
+    step = max(0, size - _HEAD_BYTES) / _SAMPLES
+    for number in range(_SAMPLES) if step else ():
+        offset = _HEAD_BYTES + int((number + places.random()) * step) // 4096 * 4096
+        if not is_zero(fd, offset, min(_SAMPLE_BYTES, size - offset)):
+            return False
+    return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.linux import filesystem
+from csi_driver.linux import filesystem, signature
 from csi_driver.linux.filesystem import FILESYSTEMS, parse_options
 
 MIB = 1 << 20
@@ -158,6 +158,18 @@ def test_unknown_data_at_either_end_is_not_blank(image: int, offset: int) -> Non
 
     assert filesystem.detect(image) is None
     assert not filesystem.is_blank(image)
+
+
+@pytest.mark.parametrize("offset", [700 * MIB, (16 << 30) + 129 * MIB])
+def test_data_in_the_middle_of_a_device_is_not_unused(image: int, offset: int) -> None:
+    """Ten MiB every 128 MiB, as the groups of a filesystem that has a little in each; and nothing at either end."""
+    os.ftruncate(image, 64 << 30)
+    assert signature.is_unused(image)
+    for start in range(offset, 63 << 30, 128 * MIB):
+        for block in range(start, start + 10 * MIB, 64 << 10):
+            os.pwrite(image, b"\1", block)
+
+    assert not signature.is_unused(image)
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 1024, 5000, MIB + 1])
