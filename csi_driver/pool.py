@@ -242,8 +242,8 @@ class Pool:
             needed = promised + from_source
             self._count_if_short(needed)
             lasting = not self.copies_at_once(order.origin)
-            with self.space.reserve(record.id, needed, needed, lasting=lasting):
-                try:
+            try:
+                with self.space.reserve(record.id, needed, needed, lasting=lasting):
                     with self._builder.building(record) as build:
                         self._charges.hold(record)
                         yield lambda: self.backend.copy(
@@ -254,10 +254,13 @@ class Pool:
                             build.record = record = self._sharing(order.record, source)
                             self._charges.hold(record)
                         self.backend.finish(build.home, order.spec)
-                except BaseException:
+                    self._charges.settle_copy(source, record, promised, share=share)
+            except BaseException:
+                if self.catalog.has_committed(record):
+                    self._charges.settle_copy(source, record, promised, share=share)
+                else:
                     self._charges.drop(record.id)
-                    raise
-                self._charges.settle_copy(source, record, promised, share=share)
+                raise
 
     def grow(self, home: Home, record: Record, size_bytes: int) -> int:
         """Make the volume's payload at least so large; the actual size comes back. Never shrinks.

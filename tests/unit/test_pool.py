@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,10 +15,19 @@ import pytest
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import SCHEMA, Catalog, Home
 from csi_driver.errors import Aborted, ConfigurationError, ResourceExhausted
-from csi_driver.model import GIB, MIB, AccessType, Record, VolumeSpec
+from csi_driver.model import (
+    GIB,
+    MIB,
+    AccessType,
+    Record,
+    Source,
+    SourceKind,
+    TopologyRequirement,
+    VolumeSpec,
+)
 from csi_driver.pool import Pool
 from csi_driver.values import Reserved
-from tests.rig import Rig, configure, open_pool
+from tests.rig import Rig, configure, open_pool, volume
 from tests.unit.conftest import MEMORY, OpenRig
 
 SIZE = 16 * MIB
@@ -155,6 +164,33 @@ def test_volume_that_stands_after_all_is_counted(rig: Rig) -> None:
 
     assert len(rig.pool.catalog.ids()) == 1
     assert rig.pool.capacity().available_bytes == GIB - SIZE
+
+
+@pytest.mark.parametrize("kind", ["clone", "snapshot"])
+def test_a_copy_that_stands_after_all_is_counted(
+    opened: OpenRig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rig = opened()
+    source = create(rig.pool)
+    catalog, really = rig.pool.catalog, os.fsync
+    made = rig.pool.id_of("b") if kind == "clone" else rig.pool.snapshot_id_of("b")
+
+    def sync(fd: int) -> None:
+        if catalog.find(made) or catalog.find_snapshot(made):
+            raise OSError(5, "I/O error")
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(Aborted, match="made, but not surely on disk"):
+        if kind == "clone":
+            wanted = replace(volume("b", SIZE), source=Source(SourceKind.VOLUME, source.id))
+            rig.controller.create_volume(wanted)
+        else:
+            rig.snapshots.create("b", source.id, {}, TopologyRequirement())
+    monkeypatch.undo()
+
+    counted = rig.pool.space.promised()
+    assert opened().pool.space.promised() == counted > SIZE
 
 
 def test_no_room_is_told_before_anything_is_made(rig: Rig) -> None:
