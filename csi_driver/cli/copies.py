@@ -20,7 +20,7 @@ from csi_driver.cli.client import TIMEOUT_S, CallFailed, Client, connected, refu
 from csi_driver.cli.snapshots import progress_text
 from csi_driver.config import Config
 from csi_driver.errors import ConfigurationError
-from csi_driver.model import VolumeId
+from csi_driver.model import VolumeId, snapshot_hash
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.values import parse_size
 
@@ -75,15 +75,15 @@ def snapshot(place: Place, volume: str, name: str) -> int:
     return _ask(place, make)
 
 
-def restore(place: Place, snapshot_id: str, wanted: Wanted) -> int:
+def restore(place: Place, snapshot: str, wanted: Wanted) -> int:
     """Make a volume of a snapshot; returns the exit code."""
-    source = pb.VolumeContentSource.SnapshotSource(snapshot_id=snapshot_id)
-    return _ask(
-        place,
-        lambda client, _: _create(
-            place, client, wanted, snapshot_id, pb.VolumeContentSource(snapshot=source)
-        ),
-    )
+
+    def make(client: Client, _: Config | None) -> None:
+        snapshot_id = _snapshot_id(snapshot, client)
+        source = pb.VolumeContentSource.SnapshotSource(snapshot_id=snapshot_id)
+        _create(place, client, wanted, snapshot_id, pb.VolumeContentSource(snapshot=source))
+
+    return _ask(place, make)
 
 
 def clone(place: Place, volume: str, wanted: Wanted) -> int:
@@ -129,6 +129,18 @@ def _volume_id(text: str, config: Config | None) -> str:
     raise Unusable(
         f"{text!r}: no volume of this id, claim (namespace/name) or name: see `orlop volumes`{where}"
     )
+
+
+def _snapshot_id(text: str, client: Client) -> str:
+    """The snapshot called so: by its id, or by the name that it was given, whose hash is in the id."""
+    if VolumeId.find(text):
+        return text
+    wanted = snapshot_hash(text)
+    for one in client.snapshots()[0]:
+        parsed = VolumeId.find(one.snapshot_id)
+        if parsed is not None and parsed.hash == wanted:
+            return one.snapshot_id
+    raise Unusable(f"{text!r}: no snapshot of this id or name: see `orlop snapshots`")
 
 
 def _until_ready(client: Client, request: pb.CreateSnapshotRequest) -> pb.Snapshot:

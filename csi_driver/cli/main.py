@@ -175,9 +175,9 @@ def snapshot(
     raise typer.Exit(run(Place(endpoint, config, as_json), volume, name))
 
 
-@app.command(rich_help_panel=COPY, epilog="Example: [bold]orlop restore SNAPSHOT yesterday[/]")
+@app.command(rich_help_panel=COPY, epilog="Example: [bold]orlop restore before-upgrade yesterday[/]")
 def restore(
-    snapshot: Annotated[str, typer.Argument(help="Its id: `orlop snapshots` tells it.")],
+    snapshot: Annotated[str, typer.Argument(help="Its name, or its id: `orlop snapshots` tells that.")],
     name: Name,
     size: Size = "",
     pool: PoolName = "",

@@ -171,6 +171,8 @@ OPERATIONS = {
     ),
     "restore": Operation(Case.restore, (Case.fill, Case.snapshot), (Case.delete_copy,), needs_root=False),
     "clone": Operation(Case.clone, (Case.fill,), (Case.delete_copy,), needs_root=False),
+    "clone-in-use": Operation(Case.clone, (*UP, Case.publish), (Case.delete_copy,)),
+    "group-in-use": Operation(Case.group, (*UP, Case.publish, Case.second), (Case.delete_group,)),
     "group": Operation(Case.group, (Case.fill, Case.second), (Case.delete_group,), needs_root=False),
     "delete-group": Operation(
         Case.delete_group, (Case.fill, Case.second, Case.group), (Case.delete_group,), needs_root=False
@@ -180,7 +182,21 @@ OPERATIONS = {
 }
 
 
-COPIES = ("snapshot", "snapshot-in-use", "delete-snapshot", "restore", "clone", "group", "delete-group")
+COPIES = (
+    "snapshot",
+    "snapshot-in-use",
+    "delete-snapshot",
+    "restore",
+    "clone",
+    "clone-in-use",
+    "group",
+    "group-in-use",
+    "delete-group",
+)
+
+
+# Elsewhere they are the same as of what is not in use, or refused.
+FROZEN = ("clone-in-use", "group-in-use")
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def test_a_volume_goes_there_and_back(here: Here) -> None:
     for made in (restored, cloned):
         assert (here.data(made["volume"]) / "file").read_text() == "mine"
     assert here.json("snapshot", volume.volume_id, "before") == taken
-    assert here.json("restore", taken["snapshot"], "back", "--size", "2Mi") == restored
+    for snapshot in (taken["snapshot"], "before"):
+        assert here.json("restore", snapshot, "back", "--size", "2Mi") == restored
     (row,) = here.json("snapshots")["snapshots"]
     assert row["id"] == taken["snapshot"]
     assert (row["source"], row["claim"], row["pool"]) == (volume.volume_id, "shop/database", "mem")
@@ -100,7 +101,8 @@ def test_what_is_told_to_people(here: Here) -> None:
         (("clone", "one", "two", "--parameter", "mode"), "--parameter 'mode': write KEY=VALUE"),
         (("clone", "one", "two", "--parameter", "colour=blue"), "unknown key 'colour'"),
         (("clone", "one", "other"), "ALREADY_EXISTS: name 'other'"),
-        (("restore", "no-such-snapshot", "two"), "CreateVolume: NOT_FOUND: volume_content_source: snapshot"),
+        (("restore", "no-such-snapshot", "two"), "'no-such-snapshot': no snapshot of this id or name"),
+        (("restore", "mem-00000000-" + 32 * "0", "two"), "a pool that this node does not have"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(here: Here, arguments: tuple[str, ...], words: str) -> None:
