@@ -87,8 +87,8 @@ def _open(config: PoolConfig, backend: Backend, tag: str) -> Catalog:
     except OSError as error:
         if error.errno not in export.GONE:
             raise
-        if backend.features.export is None:
-            raise  # others have mounted it
+        if backend.features.export is None or export.find_source(config.root) is None:
+            raise  # others have mounted it, or it is this machine's own
         # Mounted, and of no use any more.
         mount.unmount(config.root, lazy=True)
         backend.check()

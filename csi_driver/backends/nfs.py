@@ -2,8 +2,9 @@
 """Volumes as directories on a file server's export: every node reaches them, and many may at once.
 
 The controller has the export mounted at the pool's root, and works on it in a child (`apart`), for all here may hang;
-nodes mount it for themselves, by what the volume's context says. No server enforces a directory's size, so a volume's
-capacity is unknown.
+nodes mount it for themselves, by what the volume's context says. No client can have a directory's size enforced, so a
+volume's capacity is unknown; unless the controller runs on the server itself (`on_server`), where the pool's root is the
+directory that is exported, and project quotas of its filesystem keep the sizes.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from csi_driver.backends import directories
+from csi_driver.backends import directories, projects
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_DIRECTORY, Directory, Features, Store
 from csi_driver.backends.parameters import (
     MODE,
@@ -22,14 +23,13 @@ from csi_driver.backends.parameters import (
     check_fs_type,
     parse_parameters,
 )
+from csi_driver.backends.projects import Projects
 from csi_driver.catalog import Home
-from csi_driver.config import PoolConfig, read_options
+from csi_driver.config import EXPORT_ROOTS, PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, invalid
 from csi_driver.linux import export, files
 from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
-    KIB,
-    MIB,
     AccessType,
     HealthEntry,
     Parameters,
@@ -42,8 +42,6 @@ from csi_driver.model import (
 FS_TYPE = "nfs"
 _SYNONYMS = {SUB_DIR: SUB_PATH, MOUNT_PERMISSIONS: MODE}
 """What classes made for other NFS drivers say."""
-# A size is only remembered: any will do.
-_LIMITS = SizeLimits(minimum_bytes=MIB, maximum_bytes=2**62, multiple_bytes=4 * KIB)
 
 
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,6 +49,8 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True):
     path: str
     mount_options: list[str] = []
     """How the controller mounts it, and nodes where a StorageClass says nothing else."""
+    on_server: bool = False
+    """The controller runs on the server, where the pool's root is what the server exports as `path`."""
 
 
 class NfsBackend:
@@ -66,19 +66,32 @@ class NfsBackend:
         self._source = export.Source(
             f"{options.server}:{options.path}", FS_TYPE, tuple(options.mount_options)
         )
+        self._on_server = options.on_server
+        if self._on_server and pool.root.is_relative_to(EXPORT_ROOTS):
+            raise ConfigurationError(
+                f"{pool.where} on_server: give as root the directory of this machine that the server exports as "
+                f"{options.path!r}"
+            )
+        self._sizes = Projects(enforced=self._on_server)
+        self._shares = False
 
     @property
     def features(self) -> Features:
         return Features(
             access_types=frozenset({AccessType.MOUNT}),
             access_modes=NODE_MODES,
-            enforces_capacity=False,
-            server=self._source.server,
+            enforces_capacity=self._sizes.enforced,
+            server=os.fspath(self._pool.root) if self._on_server else self._source.server,
             export=self._source,
+            shares_copies=self._shares,
+            writer_pays=self._shares,
         )
 
     def check(self) -> None:
         root = self._pool.root
+        if self._on_server:
+            self._check_exported()
+            return
         standing = export.find_source(root)
         if standing == self._source.source:
             return
@@ -94,16 +107,33 @@ class NfsBackend:
                 f"{self._pool.where}: {self._source.source} cannot be mounted at {root}: {error}"
             ) from error
 
+    def _check_exported(self) -> None:
+        root = self._pool.root
+        if not root.is_dir():
+            raise ConfigurationError(
+                f"{self._pool.where} root {str(root)!r}: no such directory: with on_server it is the one that this "
+                f"machine exports as {self._source.source}"
+            )
+        with Directory(files.open_directory(root)) as opened:
+            problem = self._sizes.problem(opened.fd)
+            self._shares = not files.is_read_only(opened.fd) and files.supports_reflink(opened.fd)
+        if problem:
+            raise ConfigurationError(
+                f"{self._pool.where}: the sizes of volumes cannot be enforced at {root}: {problem}; or leave "
+                "on_server out, and any volume can fill the whole export"
+            )
+
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
         parsed = parse_parameters(_usual(parameters), fs_type, further=(ON_DELETE,))
         check_fs_type(parsed.fs_type, FS_TYPE)
         return parsed
 
     def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:
-        return _LIMITS
+        return projects.LIMITS
 
     def make(self, home: Home, spec: VolumeSpec) -> None:
         with Directory(home.open_directory()) as opened:
+            self._sizes.begin(home, opened.fd, spec.size_bytes)
             os.mkdir(PAYLOAD_DIRECTORY, 0o700, dir_fd=opened.fd)
         with directories.attach(home) as data:
             directories.set_owner(data.fd, spec.parameters)
@@ -111,42 +141,44 @@ class NfsBackend:
 
     def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
         with Directory(home.open_directory()) as opened:
+            self._sizes.begin(home, opened.fd, None if spec.snapshot else spec.size_bytes)
             os.mkdir(PAYLOAD_DIRECTORY, 0o700, dir_fd=opened.fd)
         with directories.attach(home) as data:
-            # Nothing is counted, so the server may share blocks wherever it can (NFSv4.2).
-            directories.copy(home, source, data.fd, transfer, share=True)
+            # Where nothing is counted, the server may share blocks wherever it can (NFSv4.2).
+            share = share or not self._sizes.enforced
+            directories.copy(home, source, data.fd, transfer, share=share)
 
     def finish(self, home: Home, spec: VolumeSpec) -> None:
         with directories.attach(home) as data:
             files.sync_filesystem(data.fd)
 
     def allow(self, home: Home, size_bytes: int, held_bytes: int) -> None:
-        """Nothing: nothing is limited."""
+        """Nothing: project quota counts what a volume refers to, shared or not."""
 
     def open_mounted(self, home: Home, record: Record) -> int | None:
         return None
 
     def clear(self, home: Home) -> None:
-        """Nothing: the directory goes with the home."""
+        self._sizes.lift(home)
 
     def size_bytes(self, home: Home) -> int:
-        return 0
+        return self._sizes.usage(home).limit_bytes
 
     def grow(self, home: Home, size_bytes: int) -> int:
-        return 0
+        return self._sizes.grow(home, size_bytes)
 
     def store(self) -> Store:
         usage = files.usage(self._pool.root)
         return Store(usage.total_bytes, usage.free_bytes)
 
     def written_bytes(self, home: Home, *, shared: bool = False) -> int:
-        return 0
+        return self._sizes.usage(home).used_bytes
 
     def content_bytes(self, home: Home) -> int:
-        return 0
+        return self.written_bytes(home)
 
     def promised_bytes(self, size_bytes: int, parameters: Parameters) -> int:
-        return 0
+        return size_bytes if self._sizes.enforced else 0
 
     def attach(self, home: Home, record: Record, *, readonly: bool = False) -> Directory:
         return directories.attach(home)
@@ -165,13 +197,13 @@ class NfsBackend:
 
     def holders(self, homes: Sequence[Home]) -> dict[str, str]:
         # Other nodes' mounts are not seen from here. Kubernetes deletes no volume that a pod has claimed.
-        return {}
+        return {} if not self._on_server else directories.holders(homes)
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
-        return list(directories.payload_health(home))
+        return [*directories.payload_health(home), *self._sizes.health(home, record)]
 
     def stats(self, home: Home, mounted: int) -> Stats:
-        return directories.filesystem_stats(mounted)
+        return self._sizes.stats(home, directories.filesystem_stats(mounted))
 
 
 def _usual(parameters: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import pytest
 
-from csi_driver.backends.directory import BYTES_PER_INODE, FIRST_ID, LAST_ID
+from csi_driver.backends.projects import BYTES_PER_INODE, FIRST_ID, LAST_ID
 from csi_driver.config import PoolConfig
 from csi_driver.errors import ConfigurationError, ResourceExhausted
 from csi_driver.linux import quota

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.backends.directory import FIRST_ID, LAST_ID, free_id
+from csi_driver.backends.projects import FIRST_ID, LAST_ID, free_id
 from csi_driver.model import VolumeId, name_hash
 
 
