@@ -5,6 +5,7 @@ For tests that hold every backend to the same promises. The scene (loop-mounted 
 util-linux, not by the code under test. What is promised is the tests' business.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ class Kind:
     """A small volume that is quickly made."""
     written_at_once: bool = False
     """All of a volume's room is taken when it is made."""
+    served: bool = False
+    """Its pool is on a file server of the second kernel's; @SERVER@ and @PATH@ in `options` say where."""
 
     @property
     def needs_root(self) -> bool:
@@ -89,6 +92,14 @@ MANAGED = Kind(
     tools=("mkfs.ext4", "mkfs.xfs"),
     written_at_once=True,
 )
+_EXPORT = 'server = "@SERVER@"\npath = "@PATH@"\n'
+# Pools on a file server, which the second kernel alone has (tests/lab): there these suites run over them as well.
+SERVED = (
+    Kind("served-nfs", "nfs", "nfs", _EXPORT, served=True),
+    Kind("served-quota", "nfs", "xfs", f"{_EXPORT}on_server = true\n", served=True),
+    Kind("served-directory", "directory", "nfs", "enforce_capacity = false\nmounted = true\n", served=True),
+)
+IN_LAB = SERVED if os.environ.get("LAB") == "1" else ()
 THIN = Kind("image-thin", "image", "ext4", 'provisioning = "thin"\novercommit = 2.0\n', tools=("mkfs.ext4",))
 
 
@@ -137,6 +148,8 @@ class Rig:
 
 def configure(kind: Kind, root: Path, *, name: str = "p", extra: str = 'reserved = "0%"\n') -> PoolConfig:
     text = f'[pools.{name}]\nbackend = "{kind.backend}"\nroot = "{root}"\n{kind.options}{extra}'
+    if kind.served:
+        text = f'scope = "shared"\n{text}'
     text = text.replace("@ROOT@", str(root))
     return config.parse(text).pools[name]
 
@@ -145,7 +158,7 @@ def open_pool(pool_config: PoolConfig) -> Pool:
     mounted = backing.ensure(pool_config)
     backend = backends.create(pool_config)
     backend.check()
-    catalog = Catalog.open(pool_config.root, pool_config.backend)
+    catalog = Catalog.open(pool_config.root, pool_config.backend, exclusive=not pool_config.shared)
     try:
         pool = Pool(pool_config, catalog, backend, mounted)
         pool.adopt()

@@ -9,12 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from csi_driver.model import AccessMode
 from tests.conftest import require_root, require_tool
+from tests.lab.served import export
 from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, published, staged, unmount
 
 CLONE_NEWNS = 0x20000
@@ -118,6 +119,10 @@ def set_up(kind: Kind, place: Path, size_bytes: int = 1 << 30) -> Iterator[Scene
         with scene.current:
             yield scene
         return
+    if kind.served:
+        with set_up_served(kind, place) as scene:
+            yield scene
+        return
     require_root()
     require_tool(f"mkfs.{kind.filesystem}", "mount", "umount", "losetup", *kind.tools)
     with mounted(kind.filesystem, place, size_bytes) as filesystem:
@@ -127,6 +132,26 @@ def set_up(kind: Kind, place: Path, size_bytes: int = 1 << 30) -> Iterator[Scene
                 yield scene
         finally:
             end_managed(scene.root)
+
+
+@contextmanager
+def set_up_served(kind: Kind, place: Path) -> Iterator[Scene]:
+    """A directory of its own on the second kernel's file server, and what a driver of this kind finds mounted."""
+    served = export()
+    options = kind.options.replace("@SERVER@", served.server).replace("@PATH@", served.path)
+    root = place / "pool"
+    if kind.filesystem != "nfs":
+        root = served.directory
+    elif kind.backend != "nfs":
+        root.mkdir()
+        subprocess.run(["mount", "-t", "nfs", f"{served.server}:{served.path}", root], check=True)
+    scene = Scene(replace(kind, options=options), place, root, root)
+    try:
+        with scene.current:
+            yield scene
+    finally:
+        if root.is_mount():
+            unmount(root)
 
 
 def end_managed(root: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import KINDS, MANAGED, Kind
+from tests.rig import IN_LAB, KINDS, MANAGED, Kind
 from tests.scene import Scene, clean_place, set_up
 
 
@@ -19,13 +19,15 @@ def place() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture(params=[*KINDS, MANAGED], ids=lambda kind: kind.name)
+@pytest.fixture(params=[*KINDS, MANAGED, *IN_LAB], ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
     return found
 
 
-@pytest.fixture(params=[*(kind for kind in KINDS if kind.needs_root), MANAGED], ids=lambda kind: kind.name)
+@pytest.fixture(
+    params=[*(kind for kind in KINDS if kind.needs_root), MANAGED, *IN_LAB], ids=lambda kind: kind.name
+)
 def real_kind(request: pytest.FixtureRequest) -> Kind:
     """Those whose volumes a pod could use."""
     found: Kind = request.param

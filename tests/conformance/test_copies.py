@@ -25,10 +25,10 @@ from csi_driver.model import (
     TopologyRequirement,
     VolumeSpec,
 )
-from tests.rig import KINDS, MANAGED, SHARING, THIN, Kind, Rig, capability, published, staged, volume
+from tests.rig import IN_LAB, KINDS, MANAGED, SHARING, THIN, Kind, Rig, capability, published, staged, volume
 from tests.scene import Scene, fill, in_pod, set_up
 
-ALL = (*KINDS, *SHARING, MANAGED, replace(THIN, name="image-thin-xfs", filesystem="xfs"))
+ALL = (*KINDS, *IN_LAB, *SHARING, MANAGED, replace(THIN, name="image-thin-xfs", filesystem="xfs"))
 ANYWHERE = TopologyRequirement()
 
 

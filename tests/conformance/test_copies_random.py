@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.model import MIB, AccessMode, AccessType, Source, SourceKind, TopologyRequirement
-from tests.rig import KINDS, SHARING, Kind, Rig, capability, published, staged, volume
+from tests.rig import IN_LAB, KINDS, SHARING, Kind, Rig, capability, published, staged, volume
 from tests.scene import Scene, in_pod, set_up
 from tests.trees import Tree, describe, differences
 
@@ -19,7 +19,7 @@ XFS_WITHIN = tuple(
     replace(kind, name=f"{kind.name}-of-xfs", options='fs_type = "xfs"\n', tools=("mkfs.xfs",), size_bytes=300 * MIB)
     for kind in IMAGES
 )  # fmt: skip
-TREES = (*(kind for kind in (*KINDS, *SHARING) if kind.needs_root), *XFS_WITHIN)
+TREES = (*(kind for kind in (*KINDS, *SHARING, *IN_LAB) if kind.needs_root), *XFS_WITHIN)
 
 
 def named(kind: Kind) -> str:

@@ -18,6 +18,7 @@ from ctypes import c_uint8, c_uint32, c_uint64
 from dataclasses import dataclass
 
 PTRACE_TRACEME = 0
+PTRACE_GETREGS = 12
 PTRACE_SYSCALL = 24
 PTRACE_SETOPTIONS = 0x4200
 PTRACE_GET_SYSCALL_INFO = 0x420E
@@ -58,6 +59,11 @@ _OPENS = {"open": 1, "openat": 2}
 _LOOKS = {
     0x5401, 0x4C05, 0x80081272, 0x1268, 0x80086601, 0x801C581F, 0xD0009412, 0x8400941F, 0xD000941E, 0x80089419, 0x5413,
 }  # fmt: skip
+
+
+# struct user_regs_struct of x86-64: where the call's number, its arguments and its result are.
+_REGISTERS = 27
+_RESULT, _NUMBER, _ARGUMENTS = 10, 15, (14, 13, 12, 7, 9, 8)
 
 
 class SyscallInfo(ctypes.Structure):
@@ -126,6 +132,7 @@ def _trace(pid: int, step: int) -> Outcome:
     _ptrace(PTRACE_SETOPTIONS, pid, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)
     steps, entered = 0, ""
     deliver = 0
+    look = _looker(pid)
     while True:
         _ptrace(PTRACE_SYSCALL, pid, deliver)
         _, status = os.waitpid(pid, 0)
@@ -142,8 +149,7 @@ def _trace(pid: int, step: int) -> Outcome:
             deliver = stopped_by
             continue
         deliver = 0
-        info = SyscallInfo()
-        _ptrace(PTRACE_GET_SYSCALL_INFO, pid, ctypes.sizeof(info), ctypes.addressof(info))
+        info = look()
         if info.op == SYSCALL_INFO_ENTRY:
             entered = _changing(pid, info)
         elif info.op == SYSCALL_INFO_EXIT and entered and ctypes.c_int64(info.words[0]).value >= 0:
@@ -153,6 +159,43 @@ def _trace(pid: int, step: int) -> Outcome:
                 os.waitpid(pid, 0)
                 return Outcome(entered, steps)
             assert steps < TIMEOUT_STEPS, "the action does not end"
+
+
+def _looker(pid: int) -> Callable[[], SyscallInfo]:
+    """What tells of the call that the child is stopped in; to be asked at each stop."""
+
+    def told() -> SyscallInfo:
+        info = SyscallInfo()
+        _ptrace(PTRACE_GET_SYSCALL_INFO, pid, ctypes.sizeof(info), ctypes.addressof(info))
+        return info
+
+    try:
+        told()
+    except OSError:
+        return _Registers(pid).look
+    return told
+
+
+class _Registers:
+    """The same from the registers: user-mode Linux tells nothing else. Entry and exit take turns, and one begins in neither."""
+
+    def __init__(self, pid: int) -> None:
+        assert platform.machine() == "x86_64", "the second kernel is x86-64's"
+        self._pid = pid
+        self._op = SYSCALL_INFO_EXIT
+
+    def look(self) -> SyscallInfo:
+        values = (c_uint64 * _REGISTERS)()
+        _ptrace(PTRACE_GETREGS, self._pid, ctypes.addressof(values))
+        self._op = SYSCALL_INFO_EXIT if self._op == SYSCALL_INFO_ENTRY else SYSCALL_INFO_ENTRY
+        info = SyscallInfo(op=self._op)
+        if self._op == SYSCALL_INFO_EXIT:
+            info.words[0] = values[_RESULT]
+        else:
+            info.words[0] = values[_NUMBER]
+            for number, register in enumerate(_ARGUMENTS, 1):
+                info.words[number] = values[register]
+        return info
 
 
 def _changing(pid: int, info: SyscallInfo) -> str:
