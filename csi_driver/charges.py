@@ -14,7 +14,7 @@ import msgspec
 
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import SNAPSHOTS, Catalog, Home
-from csi_driver.errors import ConfigurationError, Error
+from csi_driver.errors import ConfigurationError, Error, Unavailable
 from csi_driver.model import Parameters, Record, SnapshotRecord, VolumeSpec
 from csi_driver.shares import Shares
 from csi_driver.space import Space
@@ -53,7 +53,16 @@ class Charges:
 
         Raises:
             ConfigurationError: a record was written by a newer version.
+            Unavailable: the pool's server does not answer.
         """
+        self._shares.clear()
+        charged, damaged = self._count(volumes, snapshots)
+        self._space.adopt(charged)
+        return damaged
+
+    def _count(
+        self, volumes: list[Home], snapshots: list[Home]
+    ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
         charged: dict[str, tuple[int, int]] = {}
         damaged: dict[str, str] = {}
         self._adopt_shares([*volumes, *snapshots, *(home for home, _ in self._catalog.trashed())])
@@ -61,9 +70,11 @@ class Charges:
             for home in homes:
                 try:
                     charged[home.id] = count(home)
-                except ConfigurationError:
+                except (ConfigurationError, Unavailable):
                     raise
                 except (OSError, Error) as error:
+                    if not self._catalog.stands(home):
+                        continue  # deleted since it was listed
                     # The others can still be served.
                     log.error("pool %s: %s: %s", self._name, home.path, error)
                     damaged[home.id] = str(error)
@@ -74,12 +85,18 @@ class Charges:
                 log.error("pool %s: %s: cannot be counted: %s", self._name, home.path, error)
                 continue
             charged[home.name] = (size, size)
-        self._space.adopt(charged)
-        return damaged
+        return charged, damaged
 
     def refresh(self) -> None:
         """Count again what volumes have taken of the filesystem."""
         self._counted_at = time.monotonic()
+        features = self._backend.features
+        if features.server and features.enforces_capacity:
+            # Other controllers promise room too, and take it back.
+            since = self._space.changes
+            volumes = [self._catalog.home(volume_id) for volume_id in self._catalog.ids()]
+            self._space.adopt(self._count(volumes, self._catalog.snapshots())[0], since)
+            return
         written = {}
         for volume_id in self._catalog.ids():
             try:
@@ -220,9 +237,10 @@ class Charges:
         return written, written
 
     def _adopt_shares(self, homes: list[Home]) -> None:
-        self._shares.clear()
         for home in homes:
             try:
                 self._shares.add(home.name, self._catalog.shares(home))
+            except Unavailable:
+                raise
             except (OSError, Error, msgspec.ValidationError):
                 continue  # told of where the home itself is looked at

@@ -27,6 +27,7 @@ from csi_driver.errors import (
     ConfigurationError,
     Error,
     FailedPrecondition,
+    NotFound,
     ResourceExhausted,
     Unavailable,
 )
@@ -96,12 +97,12 @@ class Pool:
         # What is half made in a store that others work in may be theirs; a repeat of the call discards it.
         if not self.is_apart:
             self.was_interrupted = self._builder.discard_all()
-        self.adopted = True
         volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
         snapshots = self.catalog.snapshots()
         for home in (*volumes, *snapshots):
             self._check_name(home.id)
         self.damaged = self._charges.adopt(volumes, snapshots)
+        self.adopted = True
 
     @property
     def is_apart(self) -> bool:
@@ -335,7 +336,15 @@ class Pool:
         """Keep what a deleted volume's class wants kept; whether that was all of it."""
         if not self.is_apart:
             return False
-        record = self.catalog.read(home)
+        try:
+            record = self.catalog.read(home)
+        except (NotFound, Unavailable, ConfigurationError):
+            raise
+        except Error as error:
+            # What its class wants nobody knows any more, and what is kept can be removed later.
+            log.error("volume %s: kept at %s: %s", home.id, self.catalog.keep(home), error)
+            self._charges.forget(home.id)
+            return True
         match self.parameters(record).on_delete:
             case OnDelete.DELETE:
                 return False

@@ -38,10 +38,21 @@ class Space:
         self._in_flight = 0
         self._base = 0
         self._returning = 0
+        self._changes = 0
 
-    def adopt(self, shares: Mapping[str, tuple[int, int]]) -> None:
-        """Replace the ledger by what is there: name to (promised, written) bytes. Samples the base."""
+    @property
+    def changes(self) -> int:
+        """Another number whenever the ledger has changed."""
+        return self._changes
+
+    def adopt(self, shares: Mapping[str, tuple[int, int]], since: int | None = None) -> None:
+        """Replace the ledger by what is there: name to (promised, written) bytes. Samples the base.
+
+        Not if it has changed `since` these were counted, or something is being made: what they say is old then.
+        """
         with self._guard:
+            if since is not None and (self._in_flight or since != self._changes):
+                return
             self._shares = {name: _Share(max(share), share[1]) for name, share in shares.items()}
             self._promised = sum(share.promised for share in self._shares.values())
             self._written = sum(share.written for share in self._shares.values())
@@ -122,6 +133,7 @@ class Space:
         """The home goes by another name now (into the trash): its room stays taken."""
         with self._guard:
             if name in self._shares:
+                self._changes += 1
                 self._shares[new_name] = self._shares.pop(name)
 
     @contextmanager
@@ -181,6 +193,7 @@ class Space:
         self._written += share.written
 
     def _drop(self, name: str) -> None:
+        self._changes += 1
         share = self._shares.pop(name, None)
         if share is not None:
             self._promised -= share.promised
