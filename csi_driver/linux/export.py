@@ -14,14 +14,22 @@ from csi_driver.linux import mountinfo
 GONE: Final = (errno.ESTALE, errno.ENOTCONN)
 """A mount that has these is of no use to anyone any more, and a new one of the same export is."""
 
-_TOLD: Final = (
-    errno.EACCES,
-    errno.ENOENT,
-    errno.EINVAL,
+NOT_REACHED: Final = (
     errno.ETIMEDOUT,
     errno.ECONNREFUSED,
-    errno.EBUSY,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EIO,
 )
+"""What mounting fails with where the server, or what it was just told, has gone away: it works later, or never did."""
+
+_TOLD: Final = (errno.EACCES, errno.ENOENT, errno.EINVAL, *NOT_REACHED[:-1], errno.EBUSY)
+_SAID: Final = {
+    "access denied": errno.EACCES,
+    "incorrect mount option": errno.EINVAL,
+    "failed to resolve server": errno.EHOSTUNREACH,
+}
+"""What mount.nfs says in its own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +83,4 @@ def _number(said: str) -> int:
     for number in _TOLD:
         if os.strerror(number).lower() in said.lower():
             return number
-    return errno.EACCES if "access denied" in said else errno.EIO
+    return next((number for words, number in _SAID.items() if words in said.lower()), errno.EIO)

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from csi_driver.errors import Unavailable
+from csi_driver.errors import InvalidArgument, Unavailable
 from csi_driver.linux import mount, mountinfo
-from csi_driver.linux.export import GONE, Source
+from csi_driver.linux.export import GONE, NOT_REACHED, Source
 from csi_driver.linux.remote import Server, Servers
 
 _UNMOUNT_S: Final = 3.0
@@ -49,6 +49,7 @@ class Exports:
 
         Raises:
             Unavailable: the server does not answer.
+            InvalidArgument: it cannot be mounted with these options.
             OSError: ENOENT no such directory, ELOOP or EXDEV a way out of the export, what mounting says.
         """
         with self._in_use(source):
@@ -194,15 +195,30 @@ class Exports:
         target = self.directory / source.key
         with self._lock(source.key):
             if not _is_mounted(target):
-                server.call(
-                    "mount",
-                    self._timeout_s,
-                    source=source.source,
-                    fs_type=source.fs_type,
-                    target=os.fspath(target),
-                    options=source.options,
-                )
+                self._mount(server, source, target)
         return target
+
+    def _mount(self, server: Server, source: Source, target: Path) -> None:
+        try:
+            server.call(
+                "mount",
+                self._timeout_s,
+                source=source.source,
+                fs_type=source.fs_type,
+                target=os.fspath(target),
+                options=source.options,
+            )
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise InvalidArgument(
+                    f"{source.source}: cannot be mounted with the options {','.join(source.options) or 'given'!r}: "
+                    f"{error.strerror}"
+                ) from error
+            if error.errno not in NOT_REACHED:
+                raise
+            raise Unavailable(
+                f"server {source.server!r}: {source.source} cannot be mounted now: {error.strerror}: repeat"
+            ) from error
 
     @contextmanager
     def _in_use(self, source: Source) -> Iterator[None]:
