@@ -46,6 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(TESTS).parts[0]
         if tier in TIERS_BY_DIRECTORY:
             item.add_marker(tier)
+        parameters = (
+            item.callspec.params.values()
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else ()
+        )
+        if any(getattr(value, "served", False) for value in parameters):
+            item.add_marker("served")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from csi_driver.model import AccessMode
 from tests.conftest import require_root, require_tool
 from tests.lab.served import export
@@ -41,6 +43,16 @@ class Scene:
     def mounted(self) -> Path | None:
         """Where the pool's filesystem is mounted: a managed pool has its own."""
         return self.root if self.root.is_mount() else self.filesystem
+
+    def leave_out_served(self, reason: str) -> None:
+        """Give the test up for pools on a server."""
+        if self.kind.served:
+            pytest.skip(f"on a server: {reason}")
+
+    def leave_out_clients(self, reason: str) -> None:
+        """Give the test up for pools on a server that is another machine."""
+        if self.kind.filesystem == "nfs":
+            self.leave_out_served(reason)
 
     def open(self, extra: str = 'reserved = "0%"\n') -> Rig:
         """A driver; the one before it is closed first, as by a restart."""
@@ -152,6 +164,7 @@ def set_up_served(kind: Kind, place: Path) -> Iterator[Scene]:
     finally:
         if root.is_mount():
             unmount(root)
+        served.remove()
 
 
 def end_managed(root: Path) -> None:

@@ -4,6 +4,7 @@
 import os
 import random
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 ATTRIBUTES = ("user.note", "trusted.mark")
@@ -52,9 +53,10 @@ def differences(before: dict[bytes, tuple[object, ...]], after: dict[bytes, tupl
 class Tree:
     """A tree that random things are done to."""
 
-    def __init__(self, root: Path, seed: random.Random) -> None:
+    def __init__(self, root: Path, seed: random.Random, attributes: Sequence[str] = ATTRIBUTES) -> None:
         self._root = os.fsencode(root)
         self._seed = seed
+        self._attributes = attributes
 
     def disturb(self, steps: int) -> None:
         """So many things: make, write, cut, link, rename, remove, change."""
@@ -141,4 +143,6 @@ class Tree:
     def _mark(self) -> None:
         path = self._some(self._seed.choice((stat.S_IFREG, stat.S_IFDIR)))
         if path is not None:
-            os.setxattr(path, self._seed.choice(ATTRIBUTES), self._seed.randbytes(self._seed.randrange(100)))
+            os.setxattr(
+                path, self._seed.choice(self._attributes), self._seed.randbytes(self._seed.randrange(100))
+            )

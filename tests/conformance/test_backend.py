@@ -191,6 +191,7 @@ def test_attachment_is_found_again_until_it_is_undone(scene: Scene) -> None:
 
 
 def test_what_uses_a_volume_is_seen(real_scene: Scene) -> None:
+    real_scene.leave_out_clients("what uses a volume is on other machines")
     rig = real_scene.open()
     used, unused = (make_volume(rig, real_scene, name)[0] for name in "ab")
 
@@ -217,7 +218,8 @@ def test_stats_are_of_the_volume(real_scene: Scene) -> None:
         if rig.backend.features.enforces_capacity:
             assert stats.total_bytes <= record.size_bytes
             assert stats.total_bytes > record.size_bytes * 0.6  # a journal takes its part
-    assert 4 * MIB <= after.used_bytes - before.used_bytes <= 5 * MIB
+    # A server's filesystem holds some room ready for a file that a client may go on writing.
+    assert 4 * MIB <= after.used_bytes - before.used_bytes <= (21 if real_scene.kind.served else 5) * MIB
     assert before.available_bytes - after.available_bytes >= 3 * MIB
 
 

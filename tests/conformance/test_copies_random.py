@@ -11,9 +11,11 @@ import pytest
 from csi_driver.model import MIB, AccessMode, AccessType, Source, SourceKind, TopologyRequirement
 from tests.rig import IN_LAB, KINDS, SHARING, Kind, Rig, capability, published, staged, volume
 from tests.scene import Scene, in_pod, set_up
-from tests.trees import Tree, describe, differences
+from tests.trees import ATTRIBUTES, Tree, describe, differences
 
 MOMENTS = 4
+OVER_NFS = [one for one in ATTRIBUTES if one.startswith("user.")]
+"""Extended attributes that NFS knows (4.2)."""
 IMAGES = tuple(kind for kind in (*KINDS, *SHARING) if kind.backend == "image")
 XFS_WITHIN = tuple(
     replace(kind, name=f"{kind.name}-of-xfs", options='fs_type = "xfs"\n', tools=("mkfs.xfs",), size_bytes=300 * MIB)
@@ -36,7 +38,7 @@ def test_trees(kind: Kind, number: int, place: Path) -> None:
         origin = rig.controller.create_volume(volume("origin", kind.size_bytes)).id
         moments = {}
         with in_pod(scene, rig, origin) as pod:
-            tree = Tree(pod, seed)
+            tree = Tree(pod, seed, OVER_NFS if kind.filesystem == "nfs" else ATTRIBUTES)
             for moment in range(MOMENTS):
                 tree.disturb(60)
                 taken = rig.snapshots.create(f"s{moment}", origin, {}, TopologyRequirement()).record.id

@@ -6,11 +6,12 @@ The server is started once, and ends with the kernel. What is made of its direct
 
 import itertools
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.lab.disks import Disk
+from tests.lab.disks import Disk, run
 from tests.lab.hosts import KernelServer
 
 NUMBERS = itertools.count(1)
@@ -25,10 +26,15 @@ class Export:
     path: str
     directory: Path
 
+    def remove(self) -> None:
+        """Give its room back, to the memory that the server's disk lies in too."""
+        shutil.rmtree(self.directory)
+        run("fstrim", PLACE)
+
 
 @cache
 def _server(_process: int) -> KernelServer:
-    disk = Disk.make("xfs", PLACE, "6G")
+    disk = Disk.make("xfs", PLACE, "900M")
     disk.mount("prjquota")
     made = KernelServer(disk.target)
     made.start()
