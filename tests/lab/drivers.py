@@ -60,7 +60,13 @@ def create(driver: Driver, name: str, **parameters: str) -> pb.Volume:
         capacity_range=pb.CapacityRange(required_bytes=64 << 20),
         parameters=parameters,
     )
-    return driver.controller.CreateVolume(asked, timeout=60).volume
+    while True:
+        try:
+            return driver.controller.CreateVolume(asked, timeout=60).volume
+        except grpc.RpcError as error:
+            # On a machine with much to do, the pool's first opening takes longer than calls wait for one another.
+            if "another call waits" not in str(error.details()):
+                raise
 
 
 def publish(driver: Driver, volume: pb.Volume, target: Path, *, readonly: bool = False) -> None:
