@@ -8,7 +8,7 @@ not be written to meanwhile.
 
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from csi_driver.linux import fiemap
 
@@ -23,20 +23,17 @@ Range = tuple[int, int]
 """Start and end, in bytes."""
 
 
-class _Piece(NamedTuple):
-    """Bytes from one source: `place` is where on the disk they begin, or _ZERO, or _HIDDEN where that is not told."""
+_Piece = tuple[int, int, int]
+"""Start and end of bytes from one source, and where on the disk they begin, or _ZERO, or _HIDDEN where that is not told.
 
-    start: int
-    end: int
-    place: int
+A bare tuple: an image that is written to at random has tens of thousands of them.
+"""
 
 
 def allocated(fd: int, start: int = 0) -> Iterator[Range]:
     """The ranges that may hold anything but zeros, from `start` on, in order, as long as they can be."""
     size = os.fstat(fd).st_size
-    return _joined(
-        (piece.start, piece.end) for piece in _pieces(fd, start, size, size) if piece.place != _ZERO
-    )
+    return _joined((begin, end) for begin, end, place in _pieces(fd, start, size, size) if place != _ZERO)
 
 
 def changed(base_fd: int, target_fd: int, start: int = 0, *, share: bool = True) -> Iterator[Range]:
@@ -51,26 +48,26 @@ def changed(base_fd: int, target_fd: int, start: int = 0, *, share: bool = True)
 def _differing(base_fd: int, target_fd: int, start: int, size: int, *, share: bool) -> Iterator[Range]:
     olds = _pieces(base_fd, start, min(size, os.fstat(base_fd).st_size), size)
     news = _pieces(target_fd, start, size, size)
-    old, new = next(olds, None), next(news, None)
+    # Both tell all bytes, up to the same end.
+    ended = (size, size, _ZERO)
+    (old_start, old_end, old), (new_start, new_end, new) = next(olds, ended), next(news, ended)
     position = start
-    while old is not None and new is not None:
-        end = min(old.end, new.end)
-        if not _same(old, new, position):
-            if share and _HIDDEN not in (old.place, new.place):
+    while position < size:
+        end = min(old_end, new_end)
+        if old < 0 or new < 0:
+            same = old == new == _ZERO
+        else:
+            same = old - old_start == new - new_start
+        if not same:
+            if share and _HIDDEN not in (old, new):
                 yield position, end
             else:
                 yield from _compared(base_fd, target_fd, position, end)
         position = end
-        if old.end == end:
-            old = next(olds, None)
-        if new.end == end:
-            new = next(news, None)
-
-
-def _same(old: _Piece, new: _Piece, position: int) -> bool:
-    if old.place < 0 or new.place < 0:
-        return old.place == new.place == _ZERO
-    return old.place + position - old.start == new.place + position - new.start
+        if old_end == end:
+            old_start, old_end, old = next(olds, ended)
+        if new_end == end:
+            new_start, new_end, new = next(news, ended)
 
 
 def _compared(base_fd: int, target_fd: int, start: int, end: int) -> Iterator[Range]:
@@ -84,24 +81,41 @@ def _compared(base_fd: int, target_fd: int, start: int, end: int) -> Iterator[Ra
 
 
 def _pieces(fd: int, start: int, size: int, whole: int) -> Iterator[_Piece]:
-    """All bytes from `start` to `whole`, of which the file has `size`."""
-    position = start
-    for logical, physical, length, flags in fiemap.extents(fd, start, sync=True):
-        begin, end = max(logical, position), min(logical + length, size)
-        if begin >= end:
-            continue
-        if begin > position:
-            yield _Piece(position, begin, _ZERO)
-        if flags & fiemap.UNWRITTEN:
-            place = _ZERO
-        elif flags & _UNTOLD:
-            place = _HIDDEN
-        else:
-            place = physical + begin - logical
-        yield _Piece(begin, end, place)
-        position = end
-    if position < whole:
-        yield _Piece(position, whole, _ZERO)
+    """All bytes from `start` to `whole`, of which the file has `size`. What is one piece on the disk is one here.
+
+    (Not so in the map, where a piece ends wherever it is shared by others than before.)
+    """
+    position, waiting, place = start, start, _ZERO
+    for batch in fiemap.batches(fd, start, sync=True):
+        for logical, physical, length, flags in batch:
+            begin = logical if logical > position else position
+            end = logical + length
+            if end > size:
+                end = size
+            if begin >= end:
+                continue
+            if flags & fiemap.UNWRITTEN:
+                here = _ZERO
+            elif flags & _UNTOLD:
+                here = _HIDDEN
+            else:
+                here = physical + begin - logical
+            if begin > position and place != _ZERO:
+                # A hole, which begins where the piece before it has ended.
+                yield waiting, position, place
+                waiting, place = position, _ZERO
+            goes_on = here == place if here < 0 or place < 0 else here - begin == place - waiting
+            if not goes_on:
+                if waiting < begin:
+                    yield waiting, begin, place
+                waiting, place = begin, here
+            position = end
+    if position < whole and place != _ZERO:
+        if waiting < position:
+            yield waiting, position, place
+        waiting, place = position, _ZERO
+    if waiting < whole:
+        yield waiting, whole, place
 
 
 def _joined(ranges: Iterator[Range]) -> Iterator[Range]:

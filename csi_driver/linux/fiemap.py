@@ -28,8 +28,6 @@ _BATCH: Final = 1024
 class Extent(NamedTuple):
     """A run of a file's bytes. `physical` means nothing where `flags` has UNKNOWN or DELALLOC."""
 
-    # A tuple, for an image that is written to at random has tens of thousands of them.
-
     logical: int
     physical: int
     length: int
@@ -41,6 +39,12 @@ def extents(fd: int, start: int = 0, *, sync: bool = False) -> Iterator[Extent]:
 
     With `sync` the file is written out first. Raises OSError: EOPNOTSUPP the filesystem has no such map.
     """
+    for batch in batches(fd, start, sync=sync):
+        yield from map(Extent._make, batch)
+
+
+def batches(fd: int, start: int = 0, *, sync: bool = False) -> Iterator[list[tuple[int, int, int, int]]]:
+    """The same, many at a time and as bare tuples (logical, physical, length, flags)."""
     flags = FIEMAP_FLAG_SYNC if sync else 0
     while True:
         buffer = bytearray(_HEADER.size + _BATCH * _EXTENT.size)
@@ -50,12 +54,12 @@ def extents(fd: int, start: int = 0, *, sync: bool = False) -> Iterator[Extent]:
         if not mapped:
             return
         found = memoryview(buffer)[_HEADER.size : _HEADER.size + mapped * _EXTENT.size]
-        batch = list(map(Extent._make, _EXTENT.iter_unpack(found)))
-        yield from batch
-        last = batch[-1]
-        if last.flags & LAST:
+        batch = list(_EXTENT.iter_unpack(found))
+        yield batch
+        logical, _, length, last_flags = batch[-1]
+        if last_flags & LAST:
             return
-        start = last.logical + last.length
+        start = logical + length
         flags = 0
 
 
