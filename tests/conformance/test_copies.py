@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -25,6 +26,7 @@ from csi_driver.model import (
     TopologyRequirement,
     VolumeSpec,
 )
+from tests.conftest import require_tool
 from tests.rig import IN_LAB, KINDS, MANAGED, SHARING, THIN, Kind, Rig, capability, published, staged, volume
 from tests.scene import Scene, fill, in_pod, set_up
 
@@ -86,7 +88,7 @@ def test_a_volume_as_it_was_while_a_pod_writes(scene: Scene) -> None:
         cloned = create(rig, "cloned", size, clone_of(origin))
         after = checksum(pod)
 
-        # Beside its origin, for xfs refuses a second filesystem of the same uuid.
+        # Beside its origin.
         with in_pod(scene, rig, restored, "other") as other:
             assert checksum(other) == before
             (other / "own").write_text("x")
@@ -130,6 +132,34 @@ def test_a_copy_may_be_larger_and_fills_its_size(scene: Scene) -> None:
             done, refusal = fill(pod / "fill", 2 * size)
         assert refusal is not None
         assert size < done <= 2 * size
+
+
+@pytest.mark.parametrize("name", ["image", "image-xfs"])
+def test_copies_of_xfs_are_mounted_beside_their_origin_and_grow(name: str, place: Path) -> None:
+    """They have its uuid, and xfs refuses a second filesystem of the same."""
+    require_tool("mkfs.xfs")
+    chosen, size = next(kind for kind in ALL if kind.name == name), 320 * MIB
+    with set_up(chosen, place, 3 << 30) as scene, ExitStack() as pods:
+        rig = scene.open()
+        origin = rig.controller.create_volume(volume("origin", size, fsType="xfs")).id
+        pod = pods.enter_context(in_pod(scene, rig, origin))
+        (pod / "file").write_bytes(os.urandom(3 * MIB))
+        before, room = checksum(pod), shutil.disk_usage(pod).total
+        taken = snapshot(rig, "s", origin)
+        (pod / "later").touch()
+        same = create(rig, "same", size, of(taken))
+        larger = create(rig, "larger", 2 * size, of(taken))
+
+        # All three at the same time.
+        first = pods.enter_context(in_pod(scene, rig, same, "first"))
+        second = pods.enter_context(in_pod(scene, rig, larger, "second"))
+
+        assert checksum(first) == checksum(second) == before
+        assert shutil.disk_usage(first).total == room
+        assert shutil.disk_usage(second).total >= room + size
+        (first / "own").write_text("x")
+        assert not (pod / "own").exists()
+        assert not (second / "own").exists()
 
 
 def test_sizes_hold_after_copies(scene: Scene) -> None:
