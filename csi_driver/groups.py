@@ -38,6 +38,8 @@ class Groups:
                 try:
                     group = pool.catalog.read_snapshot(home).group
                     if group and self._pools.find_group(group) is None:
+                        # It may stand in a pool that is not configured now, and its members with it.
+                        self._pools.check_foreign(group)
                         pool.delete_snapshot(home)
                 except (OSError, Error) as error:
                     log.error("pool %s: %s: %s", pool.name, home.path, error)

@@ -126,3 +126,24 @@ def test_members_may_be_in_several_pools() -> None:
             assert sorted(snapshot.source_volume_id for snapshot in taken.snapshots) == sorted([one, two])
             again = group(made, "g", one, two)
     assert taken == again
+
+
+def test_members_stay_while_the_pool_that_their_group_is_in_is_not_configured() -> None:
+    with directory() as base:
+        other = memory_pool(base / "other", "other")
+        both = memory_pool(base / "mem") + other
+        with driver_over(both) as driver, serving(driver.handlers, base) as client:
+            made = Scene(client, base, driver)
+            sources = [made.create(name, parameters={"pool": name}).volume_id for name in ("mem", "other")]
+            taken = group(made, "g", *sources)
+        with driver_over(other) as driver, serving(driver.handlers, base) as client:
+            assert Scene(client, base, driver).listed() == []
+        with driver_over(both) as driver, serving(driver.handlers, base) as client:
+            found = client.call(
+                pb.GetVolumeGroupSnapshotRequest(group_snapshot_id=taken.group_snapshot_id)
+            ).group_snapshot
+            assert found == taken
+        # Only when that pool is said to be gone for good, nobody has them any more.
+        tag = taken.group_snapshot_id.split("-")[1]
+        with driver_over(f'retired_tags = ["{tag}"]\n' + other):
+            assert os.listdir(base / "other" / "snapshots") == []
