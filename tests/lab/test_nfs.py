@@ -24,7 +24,7 @@ from tests.lab.disks import Disk, run
 from tests.lab.hosts import GaneshaServer, Host, KernelServer
 
 T = TypeVar("T")
-TIMEOUT_S = 8.0
+TIMEOUT_S = 12.0
 AnyServer = KernelServer | GaneshaServer
 
 
