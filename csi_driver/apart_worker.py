@@ -92,7 +92,7 @@ def _open(config: PoolConfig, backend: Backend, tag: str) -> Catalog:
         # Mounted, and of no use any more.
         mount.unmount(config.root, lazy=True)
         backend.check()
-    return Catalog.open(config.root, config.backend, exclusive=False, tag=tag)
+    return Catalog.open(config.root, backends.layout(config), exclusive=False, tag=tag)
 
 
 def _until(end: float) -> Callable[[], None]:

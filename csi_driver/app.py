@@ -122,7 +122,7 @@ def build(config: Config) -> Driver:
             pools, locks, health, copier, info.segments, expands=features.grows_in_controller
         )
         # Volumes that every node reaches are mounted by what their context says, as on nodes that have no pools.
-        exports = _exports(config, servers) if config.scope == "shared" else None
+        exports = _exports(config, servers, info.node_id) if config.scope == "shared" else None
         if exports is None:
             node = Node(pools, locks, health, info)
         else:
@@ -234,18 +234,20 @@ def _features(config: Config, pools: Pools) -> DriverFeatures:
     features = [pool.backend.features for pool in pools]
     grows = any(one.grows for one in features)
     return DriverFeatures(
-        stages=any(one.stages for one in features),
+        # A node of what all reach has no pools to ask: where a directory is staged, nothing is done.
+        stages=config.scope == "shared" or any(one.stages for one in features),
         grows_in_controller=grows and (config.expansion == "controller" or config.scope == "shared"),
-        has_blocks=any(one.payload == PAYLOAD_IMAGE for one in features),
+        has_blocks=any(one.payload == PAYLOAD_IMAGE and not one.server for one in features),
         # Also after the controller has grown the payload: the filesystem in it is grown where it is mounted.
-        grows_on_node=grows and config.scope == "node",
+        grows_on_node=grows or config.scope == "shared",
         shared=config.scope == "shared",
+        hands_out=any(one.one_node for one in features),
     )
 
 
-def _exports(config: Config, servers: Servers) -> Exports:
+def _exports(config: Config, servers: Servers, node_id: str) -> Exports:
     roots = {name: pool.root for name, pool in config.pools.items() if pool.backend not in SHARED_BACKENDS}
-    return Exports(EXPORTS_DIR / config.driver_name, servers, roots=roots)
+    return Exports(EXPORTS_DIR / config.driver_name, servers, roots=roots, node=node_id)
 
 
 def _metadata(config: Config, features: DriverFeatures, pools: Pools, locks: Locks) -> object:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from csi_driver import handover
 from csi_driver.errors import Aborted, ConfigurationError, Error, NotFound, ResourceExhausted
 from csi_driver.linux import files
 from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
@@ -224,6 +225,20 @@ class Catalog:
     def has_committed(self, record: Record | SnapshotRecord | GroupRecord) -> bool:
         """Whether what this record makes stands in its place."""
         return self._standing(_PLACES[type(record)][0], record.id) is not None
+
+    # Handing over: see `handover`
+
+    def holder(self, home: Home) -> handover.Holder | None:
+        """Who the volume was handed to last."""
+        return handover.holder(home.area_fd, home.name)
+
+    def hand_out(self, home: Home, node: str) -> handover.Holder:
+        """Hand the volume to the node, if no other one has it."""
+        return handover.hand_out(home.area_fd, home.name, home.id, node)
+
+    def take_back(self, home: Home, payload: str, node: str) -> None:
+        """Take it back from the node, which must not use the payload any more."""
+        handover.take_back(home.area_fd, home.name, home.id, payload, node)
 
     # Making and removing
 

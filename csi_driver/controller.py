@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 from csi_driver import modify, static
-from csi_driver.backends.base import PAYLOAD_DIRECTORY
 from csi_driver.catalog import Home
 from csi_driver.copies import Copier, check_ended
 from csi_driver.errors import (
@@ -22,6 +21,7 @@ from csi_driver.errors import (
     Unimplemented,
     invalid,
 )
+from csi_driver.handover import Handed
 from csi_driver.health import Health
 from csi_driver.locks import Locks
 from csi_driver.model import (
@@ -35,6 +35,7 @@ from csi_driver.model import (
     Segments,
     TopologyRequirement,
     Volume,
+    VolumeId,
     VolumeRequest,
     lock_key,
     name_hash,
@@ -213,7 +214,9 @@ class Controller:
             size_bytes = grown_size(pool, record, wanted, pool.size_bytes(home))
             # Where nothing enforces a size, the claim still has the one that was asked for.
             grown = pool.grow(home, record, size_bytes) or max(size_bytes, wanted.required_bytes)
-            return grown, record.fs_type != "" and record.access_type is AccessType.MOUNT
+            has_filesystem = record.fs_type != "" and record.access_type is AccessType.MOUNT
+            # A device on another machine has to be told, whatever is on it.
+            return grown, has_filesystem or pool.backend.features.one_node
 
     def modify_volume(self, volume_id: str, mutable_parameters: Mapping[str, str]) -> None:
         """Give a volume what its new VolumeAttributesClass says, at once, also while pods use it.
@@ -255,6 +258,50 @@ class Controller:
                 sick.append((volume_id, entries))
         return sick, ""
 
+    def publish_volume(
+        self, volume_id: str, node_id: str, capability: Capability, context: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Hand the volume to the node, if it is one that one node at a time can have; what the node is told of it.
+
+        Raises:
+            NotFound: there is no such volume.
+            FailedPrecondition: another node has it.
+
+        CSI: ControllerPublishVolume.
+        """
+        if (
+            self._pools.find(volume_id) is None
+            and static.is_static(context)
+            and VolumeId.find(volume_id) is None
+        ):
+            return {}  # by hand: any node can have it
+        with self._locks.hold(lock_key(volume_id)):
+            pool, home = self._pools.get(volume_id)
+            record = pool.catalog.read(home)
+            reason = unsupported(pool, (capability,))
+            if capability.access_type is not record.access_type:
+                reason = f"it is a {record.access_type} volume, not {capability.access_type}"
+            if reason:
+                raise InvalidArgument(f"volume_capability: {reason}")
+            if not pool.backend.features.one_node:
+                return {}
+            handed = pool.catalog.hand_out(home, node_id)
+            return Handed(handed.node, str(handed.generation)).told()
+
+    def unpublish_volume(self, volume_id: str, node_id: str) -> None:
+        """Take the volume back from the node ("": any); fine when it has not got it, or is nowhere.
+
+        Raises:
+            FailedPrecondition: the node uses it yet.
+
+        CSI: ControllerUnpublishVolume.
+        """
+        with self._locks.hold(lock_key(volume_id)):
+            found = self._pools.find(volume_id)
+            if found is not None and found[0].backend.features.one_node:
+                pool, home = found
+                pool.catalog.take_back(home, pool.backend.features.payload, node_id)
+
     # Parts
 
     def _check_job(self, name: str) -> None:
@@ -273,6 +320,7 @@ class Controller:
             segments=self._segments,
             context=_context(pool, home, record),
             in_use=in_use,
+            holder=_holder(pool, home),
         )
 
     def _listed(self, pool: Pool, homes: Sequence[Home]) -> Iterable[Volume]:
@@ -333,5 +381,13 @@ class Controller:
 
 def _context(pool: Pool, home: Home, record: Record) -> dict[str, str]:
     """What a node needs to know of a volume that it cannot look up in a pool of its own."""
-    directory = home.path.relative_to(pool.catalog.root) / PAYLOAD_DIRECTORY
-    return static.context_of(pool, os.fspath(directory), record)
+    payload = home.path.relative_to(pool.catalog.root) / pool.backend.features.payload
+    return static.context_of(pool, os.fspath(payload), record)
+
+
+def _holder(pool: Pool, home: Home) -> str | None:
+    """The node that has it, "" for none; None where any node may."""
+    if not pool.backend.features.one_node:
+        return None
+    found = pool.catalog.holder(home)
+    return found.node if found else ""

@@ -308,6 +308,8 @@ class Volume:
     segments: Segments = field(default_factory=dict)
     context: Mapping[str, str] = field(default_factory=dict)
     in_use: bool = False
+    holder: str | None = None
+    """The node that it was handed to, "" for none; None for volumes that are not handed to one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,12 +368,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class StageRequest:
-    """NodeStageVolume's arguments."""
+    """NodeStageVolume's arguments. `handed` is what ControllerPublishVolume answered, if that was asked."""
 
     volume_id: str
     staging_target_path: str
     capability: Capability
     context: Mapping[str, str] = field(default_factory=dict)
+    handed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,3 +410,5 @@ class DriverFeatures:
     """Some pool's snapshots are images, whose changed blocks can be told."""
     shared: bool = False
     """Every node reaches every volume: there is no topology."""
+    hands_out: bool = False
+    """Some pool's volumes are handed to one node at a time."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from csi_driver import inline, staging, static
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, invalid
 from csi_driver.health import Health
+from csi_driver.images import Images, is_image
 from csi_driver.linux import mount
 from csi_driver.linux.exports import Exports
 from csi_driver.locks import Locks
@@ -46,6 +47,7 @@ class Node:
         self._info = info
         self._exports = exports
         """None: this driver serves volumes of this node only, and mounts no file servers."""
+        self._images = Images(exports, info.node_id) if exports is not None else None
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume usable on this node; a filesystem on a device is mounted at the staging path.
@@ -57,6 +59,9 @@ class Node:
         CSI: NodeStageVolume.
         """
         with self._hold(request.volume_id, "staging_target_path", request.staging_target_path):
+            if self._images is not None and is_image(request.context):
+                self._images.stage(request)
+                return
             if static.is_static(request.context):
                 return
             pool, home = self._pools.get(request.volume_id)
@@ -69,6 +74,9 @@ class Node:
         CSI: NodeUnstageVolume.
         """
         with self._hold(volume_id, "staging_target_path", staging_target_path):
+            if self._images is not None:
+                self._images.unstage(volume_id, staging_target_path)
+                return
             mount.unmount(Path(staging_target_path))
             found = self._pools.find(volume_id)
             if found is not None:
@@ -89,6 +97,8 @@ class Node:
             if inline.is_inline(request.context):
                 self._check_own_storage("an inline volume")
                 self._publish_inline(request)
+            elif self._images is not None and is_image(request.context):
+                self._images.publish(request)
             elif static.is_static(request.context):
                 self._publish_static(request)
             else:
@@ -119,7 +129,9 @@ class Node:
         CSI: NodeGetVolumeStats.
         """
         path = Path(volume_path)
-        remote = static.export_stats(self._exports, path) if self._exports is not None else None
+        remote = self._images.stats(volume_id, path) if self._images is not None else None
+        if remote is None and self._exports is not None:
+            remote = static.export_stats(self._exports, path)
         if remote is not None:
             return remote
         found = self._pools.find(volume_id) or inline.find(self._pools, volume_id)
@@ -151,6 +163,8 @@ class Node:
         CSI: NodeExpandVolume.
         """
         with self._locks.hold(lock_key(volume_id)):
+            if self._images is not None:
+                return self._expand_export(volume_id, Path(volume_path), wanted)
             pool, home = self._pools.get(volume_id)
             record = pool.catalog.read(home)
             if capability is not None and capability.access_type is not record.access_type:
@@ -177,6 +191,9 @@ class Node:
         CSI: NodeGetVolumeHealth.
         """
         path = Path(volume_path)
+        remote = self._images.health(volume_id) if self._images else None
+        if remote is not None:
+            return remote
         remote = static.export_health(self._exports, volume_id, volume_path) if self._exports else None
         if remote is not None:
             return remote
@@ -231,6 +248,13 @@ class Node:
             if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
                 _check_single(request, self._exports.shown_at(fd))
             ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
+
+    def _expand_export(self, volume_id: str, path: Path, wanted: CapacityRange) -> int:
+        grown = self._images.expand(volume_id, path, wanted) if self._images is not None else None
+        if grown is None and (self._exports is None or not self._exports.is_shown(path)):
+            raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
+        # A directory has no size of its own here; what it may take, its server knows.
+        return wanted.required_bytes if grown is None else grown
 
     def _check_own_storage(self, what: str) -> None:
         if self._exports is not None:

@@ -300,7 +300,7 @@ class Pool:
         holder = self.backend.holders([home]).get(home.id)
         if holder is not None:
             raise FailedPrecondition(
-                f"volume {home.id!r}: still in use on this node ({holder}): end the pods that use it; "
+                f"volume {home.id!r}: still in use{'' if self.is_apart else ' on this node'} ({holder}): end the pods that use it; "
                 "kubelet then unpublishes and unstages it"
             )
         if self._keep(home):

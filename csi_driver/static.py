@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from csi_driver.backends.base import PAYLOAD_IMAGE
+from csi_driver.backends.parameters import FS_TYPE
 from csi_driver.catalog import VOLUMES
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
@@ -25,11 +27,13 @@ from csi_driver.subpath import PARAMETER, expand_sub_path, in_the_way
 POOL, PATH = "pool", "path"
 SERVER, SHARE, DIRECTORY, MOUNT_OPTIONS = "server", "share", "directory", "mountOptions"
 """A server's export, by PATH or SHARE; DIRECTORY is one beneath it."""
+IMAGE = "image"
+"""Instead of a directory: an image, which one node at a time has. See `images`."""
 _EXPORT_KEYS = (SERVER, PATH, SHARE, DIRECTORY, MOUNT_OPTIONS, PARAMETER, "mode", "uid", "gid")
 _ROOT_KEYS = (POOL, DIRECTORY, PARAMETER, "mode", "uid", "gid")
 """A directory of a pool that every node has mounted."""
 _SERVER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:.]+\]|[0-9a-fA-F:]+")
-_METADATA_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
+METADATA_PREFIXES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 
 
 def is_static(context: Mapping[str, str]) -> bool:
@@ -51,17 +55,15 @@ def export_opened(exports: Exports, request: PublishRequest, options: Sequence[s
         NotFound: there is no such directory.
         Unavailable: the server does not answer.
     """
-    context = {key: value for key, value in request.context.items() if not key.startswith(_METADATA_PREFIXES)}
+    context = {key: value for key, value in request.context.items() if not key.startswith(METADATA_PREFIXES)}
     known = _EXPORT_KEYS if SERVER in context else _ROOT_KEYS
     if context.keys() - set(known):
         raise InvalidArgument(unknown_keys("volume_context", context.keys() - set(known), known))
     sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
     path = "/".join(part for part in (context.get(DIRECTORY, ""), sub_path) if part)
-    make = _owner(context) if sub_path else None
+    make = owner(context) if sub_path else None
     if SERVER in context:
-        source = Source(
-            f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options)
-        )
+        source = source_of(context, options)
         opened, place = exports.opened(source, path, make), source.source
     else:
         root = _root(exports, context, options)
@@ -75,8 +77,8 @@ def export_opened(exports: Exports, request: PublishRequest, options: Sequence[s
         ) from error
 
 
-def context_of(pool: Pool, directory: str, record: Record) -> dict[str, str]:
-    """The volume_context by which every node finds a directory of a pool on a server; empty for other pools."""
+def context_of(pool: Pool, payload: str, record: Record) -> dict[str, str]:
+    """The volume_context by which every node finds what is in a pool on a server; empty for other pools."""
     if not pool.is_apart:
         return {}
     parameters, export = pool.parameters(record), pool.backend.features.export
@@ -84,15 +86,31 @@ def context_of(pool: Pool, directory: str, record: Record) -> dict[str, str]:
     if export is not None:
         server, _, path = export.source.partition(":/")
         context = {SERVER: server, PATH: f"/{path}", MOUNT_OPTIONS: ",".join(export.options)}
-    context |= {DIRECTORY: directory, PARAMETER: expand_sub_path(parameters.sub_path, record, None)}
-    if context[PARAMETER]:
+    is_image = pool.backend.features.payload == PAYLOAD_IMAGE
+    context |= {IMAGE: payload, FS_TYPE: record.fs_type} if is_image else {DIRECTORY: payload}
+    context[PARAMETER] = expand_sub_path(parameters.sub_path, record, None)
+    if context[PARAMETER] or is_image:
         mode = "" if parameters.mode is None else f"{parameters.mode:o}"
         owner = {"uid": parameters.uid, "gid": parameters.gid}
         context |= {"mode": mode, **{key: str(value) for key, value in owner.items() if value is not None}}
     return {key: value for key, value in context.items() if value}
 
 
-def _owner(context: Mapping[str, str]) -> dict[str, int]:
+def source_of(context: Mapping[str, str], options: Sequence[str] = ()) -> Source:
+    """The export that the attributes name.
+
+    Raises:
+        InvalidArgument: they are wrong.
+    """
+    return Source(f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options))
+
+
+def owner(context: Mapping[str, str]) -> dict[str, int]:
+    """Whose a new directory is to be: mode, uid and gid.
+
+    Raises:
+        InvalidArgument: one of them is no number.
+    """
     try:
         mode, uid, gid = (
             int(context.get("mode", "755"), 8),
@@ -150,7 +168,7 @@ def opened(pools: Pools, request: PublishRequest) -> Iterator[int]:
         NotFound: there is no such directory.
         FailedPrecondition: no directory, but something else is where `subPath` should be.
     """
-    context = {key: value for key, value in request.context.items() if not key.startswith(_METADATA_PREFIXES)}
+    context = {key: value for key, value in request.context.items() if not key.startswith(METADATA_PREFIXES)}
     unknown = context.keys() - {POOL, PATH, PARAMETER}
     if unknown:
         raise InvalidArgument(unknown_keys("volume_context", unknown, (POOL, PATH, PARAMETER)))

@@ -22,6 +22,13 @@ BACKENDS = {
     "nfs": "NfsBackend",
 }
 """Name, which is also the module's, to class."""
+_PROVISIONED = {("nfs", "image"): ("nfs_image", "NfsImageBackend")}
+"""What a backend's `provisioning` makes another one of, whose pools are no others' either."""
+
+
+def layout(pool: PoolConfig) -> str:
+    """What a pool's volumes are: its backend's name, or that of the one that its `provisioning` makes of it."""
+    return _PROVISIONED.get((pool.backend, str(pool.options.get("provisioning", ""))), (pool.backend,))[0]
 
 
 def create(pool: PoolConfig) -> "Backend":
@@ -35,5 +42,7 @@ def create(pool: PoolConfig) -> "Backend":
         raise ConfigurationError(
             f"{pool.where} backend {pool.backend!r}: no such backend; known: {', '.join(sorted(BACKENDS))}"
         )
-    module = importlib.import_module(f"{__name__}.{pool.backend}")
+    provisioning = str(pool.options.get("provisioning", ""))
+    name, kind = _PROVISIONED.get((pool.backend, provisioning), (pool.backend, kind))
+    module = importlib.import_module(f"{__name__}.{name}")
     return cast("Backend", getattr(module, kind)(pool))

@@ -54,6 +54,8 @@ class Features:
     """Whose answers the store waits for, for ever if it is dead; "" for storage of this machine."""
     export: Source | None = None
     """The export that is the pool's root, for volumes that every node mounts for itself."""
+    one_node: bool = False
+    """One node at a time can have a volume, and has to be handed it: see `handover`."""
 
 
 NODE_MODES = frozenset(

@@ -5,21 +5,18 @@ Works on any filesystem. Thick by default: every block is allocated in CreateVol
 neighbour can take it away. Formatted once, there, while nobody else can see it.
 """
 
-import errno
 import logging
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from csi_driver import mutable
-from csi_driver.backends import directories
+from csi_driver.backends import directories, images
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_IMAGE, Device, Directory, Features, Store
 from csi_driver.backends.parameters import MKFS_OPTIONS, PROVISIONING, parse_parameters
 from csi_driver.catalog import Home
@@ -28,18 +25,12 @@ from csi_driver.errors import (
     ConfigurationError,
     Error,
     FailedPrecondition,
-    ResourceExhausted,
-    Unavailable,
-    invalid,
 )
 from csi_driver.linux import copy, fiemap, files, filesystem, holes, loop, mount, run
 from csi_driver.linux.copy import Transfer
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.linux.throttle import ROOT, Throttle, Unlimited
 from csi_driver.model import (
-    KIB,
-    MIB,
-    TIB,
     AccessType,
     HealthEntry,
     HealthStatus,
@@ -51,20 +42,6 @@ from csi_driver.model import (
 )
 
 log = logging.getLogger(__name__)
-
-SECTOR_BYTES = 4 * KIB
-"""Logical sector of a device that holds a filesystem: every pool filesystem can do direct I/O at it."""
-
-SMALLEST_DEVICE = MIB
-LARGEST = 16 * TIB
-
-
-MOUNT_OPTIONS = {
-    # It refuses a second filesystem of the same uuid otherwise, and a restored volume is just that.
-    "xfs": ("nouuid",),
-    # It discards by default, which would punch holes into a thick image. A user's mount option wins: it comes later.
-    "btrfs": ("nodiscard",),
-}
 
 
 class ImageOptions(msgspec.Struct, frozen=True):
@@ -122,40 +99,20 @@ class ImageBackend:
         thin = self._options.provisioning == "thin"
         parsed = parse_parameters(parameters, fs_type, further=(MKFS_OPTIONS, PROVISIONING), thin=thin)
         options = parameters.get(MKFS_OPTIONS, "")
-        if access_type is AccessType.BLOCK:
-            # A class serves claims of both kinds: what it says of filesystems is not said to a block volume.
-            return replace(parsed, fs_type="", mkfs_options=())
-        chosen = parsed.fs_type or self._options.fs_type
-        if chosen not in FILESYSTEMS:
-            raise invalid("fsType", chosen, f"volumes can be formatted with {', '.join(FILESYSTEMS)}")
-        try:
-            mkfs_options = tuple(filesystem.parse_options(chosen, options))
-        except ValueError as error:
-            raise invalid(f"parameters.{MKFS_OPTIONS}", options, str(error)) from error
-        return replace(parsed, fs_type=chosen, mkfs_options=mkfs_options)
+        return images.with_filesystem(parsed, options, access_type, self._options.fs_type, tuple(FILESYSTEMS))
 
     def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:
-        if access_type is AccessType.BLOCK:
-            return SizeLimits(SMALLEST_DEVICE, LARGEST, SECTOR_BYTES)
-        chosen = parameters.fs_type or self._options.fs_type
-        return SizeLimits(FILESYSTEMS[chosen].minimum_bytes, LARGEST, SECTOR_BYTES)
+        return images.size_limits(access_type, parameters.fs_type or self._options.fs_type)
 
     def make(self, home: Home, spec: VolumeSpec) -> None:
-        # Never the same name twice: the mkfs of a driver that was killed lives on, may open its image late, and must
-        # not find the one that is made here, which may hold data by the time it writes.
-        building = f".{secrets.token_hex(8)}.{PAYLOAD_IMAGE}"
-        fd = home.open(building, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            _extend(fd, 0, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
-            if spec.access_type is AccessType.MOUNT:
-                _format(home, building, spec.parameters)
+        size_bytes, thin = spec.size_bytes, spec.parameters.thin
+        images.build(
+            home,
+            spec,
+            lambda fd: images.extend(fd, 0, size_bytes, thin=thin, name=home.id),
             # Behind mkfs, which spares itself work on an image that is all zeros.
-            self._preallocate(fd, 0, spec.size_bytes, thin=spec.parameters.thin)
-            files.sync(fd)
-        finally:
-            os.close(fd)
-        path = f"{home.name}/{building}"
-        files.rename(home.area_fd, path, home.area_fd, f"{home.name}/{PAYLOAD_IMAGE}")
+            lambda fd: self._preallocate(fd, 0, size_bytes, thin=thin),
+        )
 
     def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
         fd = home.open(PAYLOAD_IMAGE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -167,7 +124,7 @@ class ImageBackend:
                     return
                 if not spec.snapshot and not spec.parameters.thin:
                     # Before the data, so that it lies in one piece.
-                    _extend(fd, 0, spec.size_bytes, thin=False, name=home.id)
+                    images.extend(fd, 0, spec.size_bytes, thin=False, name=home.id)
                 transfer.total_bytes = holes.data_bytes(original)
                 copy.copy_sparse(original, fd, transfer)
             finally:
@@ -180,8 +137,8 @@ class ImageBackend:
         try:
             size = os.fstat(fd).st_size
             if size < spec.size_bytes:
-                _extend(fd, size, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
-            if not spec.snapshot and not spec.parameters.thin and _is_thin(os.fstat(fd)):
+                images.extend(fd, size, spec.size_bytes, thin=spec.parameters.thin, name=home.id)
+            if not spec.snapshot and not spec.parameters.thin and images.is_thin(os.fstat(fd)):
                 # A clone has holes where its origin has unwritten blocks.
                 files.allocate(fd, 0, spec.size_bytes)
             if not spec.snapshot:
@@ -218,15 +175,15 @@ class ImageBackend:
         try:
             return self._stat(home).st_size
         except FileNotFoundError as error:
-            raise Error(_missing(home)) from error
+            raise Error(images.missing(home)) from error
 
     def grow(self, home: Home, size_bytes: int) -> int:
-        fd = _open(home, os.O_RDWR)
+        fd = images.open_image(home, os.O_RDWR)
         try:
             before = os.fstat(fd).st_size
             if before < size_bytes:
-                thin = _is_thin(os.fstat(fd))
-                _extend(fd, before, size_bytes, thin=thin, name=home.id)
+                thin = images.is_thin(os.fstat(fd))
+                images.extend(fd, before, size_bytes, thin=thin, name=home.id)
                 self._preallocate(fd, before, size_bytes, thin=thin)
                 files.sync(fd)
             for attached in loop.find(fd):
@@ -266,14 +223,14 @@ class ImageBackend:
         return _device(attached, record)
 
     def _attach(self, home: Home, record: Record, *, readonly: bool) -> loop.Loop:
-        fd = _open(home, os.O_RDONLY if readonly else os.O_RDWR)
+        fd = images.open_image(home, os.O_RDONLY if readonly else os.O_RDWR)
         try:
             # A discard (a pod's, or fstrim's) would punch holes into a thick image, and its blocks would be anyone's.
-            discard = _is_thin(os.fstat(fd))
+            discard = images.is_thin(os.fstat(fd))
             standing = self._find_loop(fd, home.id, readonly=readonly)
             if standing is not None and loop.take_over(standing, discard=discard):
                 return standing
-            sector_size = SECTOR_BYTES
+            sector_size = images.SECTOR_BYTES
             if record.access_type is AccessType.BLOCK:
                 # What programs expect of a raw device, unless direct I/O on this pool needs larger ones.
                 sector_size = max(512, files.direct_io_alignment(fd) or 512)
@@ -287,7 +244,7 @@ class ImageBackend:
         return attached
 
     def find_attached(self, home: Home, record: Record, *, readonly: bool = False) -> Device | None:
-        fd = _open(home, os.O_RDONLY)
+        fd = images.open_image(home, os.O_RDONLY)
         try:
             found = self._find_loop(fd, home.id, readonly=readonly)
         finally:
@@ -317,7 +274,7 @@ class ImageBackend:
 
     def limit(self, home: Home, record: Record) -> None:
         limits = mutable.parse(record.mutable).limits
-        with Directory(_open(home, os.O_RDONLY)) as image:
+        with Directory(images.open_image(home, os.O_RDONLY)) as image:
             for attached in loop.find(image.fd):
                 self._hold(home, attached, limits)
 
@@ -344,7 +301,7 @@ class ImageBackend:
         try:
             image = self._stat(home)
         except FileNotFoundError:
-            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", _missing(home))]
+            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", images.missing(home))]
         entries = []
         if image.st_size < record.size_bytes:
             message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
@@ -377,59 +334,11 @@ class ImageBackend:
         return found
 
 
-def _open(home: Home, flags: int) -> int:
-    try:
-        return home.open(PAYLOAD_IMAGE, flags)
-    except FileNotFoundError as error:
-        raise Error(_missing(home)) from error
-
-
 def _unlimited(home: Home, problem: str) -> str:
     return (
         f"volume {home.id!r}: its I/O limits cannot be kept on this node: {problem}; or give its claim a "
         "VolumeAttributesClass without limits"
     )
-
-
-def _missing(home: Home) -> str:
-    return f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing: restore it from a backup"
-
-
-def _format(home: Home, image: str, parameters: Parameters) -> None:
-    try:
-        filesystem.make(parameters.fs_type, home.path / image, parameters.mkfs_options)
-    except run.CommandMissing as error:
-        raise ResourceExhausted(f"volume {home.id!r}: cannot be made on this node: {error}") from error
-    except run.CommandFailed as error:
-        if error.timed_out:
-            raise Unavailable(f"volume {home.id!r}: {error}") from error
-        if parameters.mkfs_options:
-            options = " ".join(parameters.mkfs_options)
-            raise invalid(
-                f"parameters.{MKFS_OPTIONS}", options, f"correct or leave them out: {error}"
-            ) from error
-        raise Error(f"volume {home.id!r}: {error}") from error
-
-
-def _extend(fd: int, start: int, end: int, *, thin: bool, name: str) -> None:
-    """Make the image `end` bytes long; as it was when that fails."""
-    try:
-        if thin:
-            os.ftruncate(fd, end)
-        else:
-            files.allocate(fd, start, end - start)
-    except OSError as error:
-        # The kernel keeps what it got before it ran out.
-        os.ftruncate(fd, start)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(
-                f"volume {name!r}: the pool's filesystem has no {end - start} bytes left"
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise ResourceExhausted(
-                f"volume {name!r}: {end} bytes are more than the pool's filesystem can have in a file"
-            ) from error
-        raise
 
 
 def _check_not_published(home: Home, devices: Sequence[loop.Loop]) -> None:
@@ -441,13 +350,10 @@ def _check_not_published(home: Home, devices: Sequence[loop.Loop]) -> None:
             )
 
 
-def _is_thin(image: os.stat_result) -> bool:
-    """Whether blocks are missing: an image that has them all keeps them all, whatever it was asked to be."""
-    return image.st_blocks * 512 < image.st_size
-
-
 def _device(attached: loop.Loop, record: Record) -> Device:
-    return Device(attached.path, attached.device, record.fs_type, MOUNT_OPTIONS.get(record.fs_type, ()))
+    return Device(
+        attached.path, attached.device, record.fs_type, images.MOUNT_OPTIONS.get(record.fs_type, ())
+    )
 
 
 def _filesystem_health(home: Home, device: Device) -> list[HealthEntry]:

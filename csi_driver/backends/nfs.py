@@ -9,15 +9,17 @@ directory that is exported, and project quotas of its filesystem keep the sizes.
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
-from csi_driver.backends import directories, projects
+from csi_driver.backends import directories, exported, projects
 from csi_driver.backends.base import NODE_MODES, PAYLOAD_DIRECTORY, Directory, Features, Store
 from csi_driver.backends.parameters import (
     MODE,
     MOUNT_PERMISSIONS,
     ON_DELETE,
+    PROVISIONING,
     SUB_DIR,
     SUB_PATH,
     check_fs_type,
@@ -27,7 +29,7 @@ from csi_driver.backends.projects import Projects
 from csi_driver.catalog import Home
 from csi_driver.config import EXPORT_ROOTS, PoolConfig, read_options
 from csi_driver.errors import ConfigurationError, invalid
-from csi_driver.linux import export, files
+from csi_driver.linux import files
 from csi_driver.linux.copy import Transfer
 from csi_driver.model import (
     AccessType,
@@ -39,7 +41,6 @@ from csi_driver.model import (
     VolumeSpec,
 )
 
-FS_TYPE = "nfs"
 _SYNONYMS = {SUB_DIR: SUB_PATH, MOUNT_PERMISSIONS: MODE}
 """What classes made for other NFS drivers say."""
 
@@ -47,6 +48,8 @@ _SYNONYMS = {SUB_DIR: SUB_PATH, MOUNT_PERMISSIONS: MODE}
 class _Options(msgspec.Struct, forbid_unknown_fields=True):
     server: str
     path: str
+    provisioning: Literal["directory"] = "directory"
+    """Pools of images are `nfs_image`'s."""
     mount_options: list[str] = []
     """How the controller mounts it, and nodes where a StorageClass says nothing else."""
     on_server: bool = False
@@ -59,13 +62,7 @@ class NfsBackend:
     def __init__(self, pool: PoolConfig) -> None:
         self._pool = pool
         options = read_options(pool, _Options)
-        if not options.path.startswith("/"):
-            raise ConfigurationError(
-                f"{pool.where} path {options.path!r}: give the absolute path of an export"
-            )
-        self._source = export.Source(
-            f"{options.server}:{options.path}", FS_TYPE, tuple(options.mount_options)
-        )
+        self._source = exported.source(pool, options.server, options.path, options.mount_options)
         self._on_server = options.on_server
         if self._on_server and pool.root.is_relative_to(EXPORT_ROOTS):
             raise ConfigurationError(
@@ -88,24 +85,10 @@ class NfsBackend:
         )
 
     def check(self) -> None:
-        root = self._pool.root
         if self._on_server:
             self._check_exported()
-            return
-        standing = export.find_source(root)
-        if standing == self._source.source:
-            return
-        if standing is not None:
-            raise ConfigurationError(
-                f"{self._pool.where} root {str(root)!r}: {standing} is mounted there: unmount it, or give the pool "
-                "another root"
-            )
-        try:
-            export.mount(self._source, root)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self._pool.where}: {self._source.source} cannot be mounted at {root}: {error}"
-            ) from error
+        else:
+            exported.ensure_mounted(self._pool, self._source)
 
     def _check_exported(self) -> None:
         root = self._pool.root
@@ -124,8 +107,10 @@ class NfsBackend:
             )
 
     def parse(self, parameters: Mapping[str, str], access_type: AccessType, fs_type: str) -> Parameters:
-        parsed = parse_parameters(_usual(parameters), fs_type, further=(ON_DELETE,))
-        check_fs_type(parsed.fs_type, FS_TYPE)
+        own = _usual(parameters)
+        exported.check_provisioning(self._pool, own.pop(PROVISIONING, ""), "directory")
+        parsed = parse_parameters(own, fs_type, further=(ON_DELETE,))
+        check_fs_type(parsed.fs_type, exported.FS_TYPE)
         return parsed
 
     def size_limits(self, access_type: AccessType, parameters: Parameters) -> SizeLimits:

@@ -8,16 +8,18 @@ Which exports may be used, and where they are shown, is the caller's business.
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from csi_driver.errors import InvalidArgument, Unavailable
-from csi_driver.linux import mount, mountinfo
+from csi_driver.linux import fence, mount, mountinfo
 from csi_driver.linux.export import GONE, NOT_REACHED, Source
 from csi_driver.linux.remote import Server, Servers
+
+T = TypeVar("T")
 
 _UNMOUNT_S: Final = 3.0
 
@@ -31,8 +33,10 @@ class Exports:
         servers: Servers,
         timeout_s: float = 20.0,
         roots: Mapping[str, Path] = MappingProxyType({}),
+        node: str = "",
     ) -> None:
         self.directory = directory
+        self._node = node
         self.roots = roots
         self._servers = servers
         self._timeout_s = timeout_s
@@ -68,6 +72,30 @@ class Exports:
         finally:
             os.close(fd)
 
+    def at_root(self, source: Source, ask: Callable[[Path], T]) -> T:
+        """What `ask` answers of the directory that the export is mounted at; asked again if that had gone stale.
+
+        Raises: as `opened`.
+        """
+        with self._in_use(source):
+            server = self._servers.named(source.server)
+            try:
+                return ask(self._ensure_mounted(server, source))
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+            with self._lock(source.key):
+                self.unmount(self.directory / source.key, lazy=True)
+            return ask(self._ensure_mounted(server, source))
+
+    def keeper(self, source: str) -> Server:
+        """Whom to ask about images on this export, which take longer than all else, and keep none of it waiting."""
+        return self._servers.keeper(Source(source).server)
+
+    def keeper_of(self, held: fence.Held) -> Server:
+        """The same for an image that is held here already."""
+        return self._servers.keeper(self._server_of(held))
+
     def shown_at(self, fd: int) -> list[mount.Mount]:
         """Where the directory that `opened` gave, or something below it, is published."""
         known = mount.mounts()
@@ -90,6 +118,10 @@ class Exports:
         known = mountinfo.mounts()
         found = (one for one in known if part in os.path.join(_place(one), ""))
         return next((Path(one.target) for one in found if Path(one.target).parent != self.directory), None)
+
+    def is_shown(self, path: Path) -> bool:
+        """Whether something of a server is published at the path. Asks nobody."""
+        return self._find_server(path) is not None
 
     def usage(self, path: Path) -> dict[str, int] | None:
         """How full the filesystem is that is published at `path`; None: no server's is.
@@ -150,6 +182,7 @@ class Exports:
                 continue
             with self._lock(target.name):
                 shown = any(one.device == entry.device and one.target != entry.target for one in known)
+                shown = shown or any(held.backing.is_relative_to(target) for held in fence.all(self._node))
                 if not shown and not self._users.get(target.name):
                     self.unmount(target, lazy=True)
                     target.rmdir()
@@ -160,15 +193,32 @@ class Exports:
         entry = next((one for one in reversed(known) if one.target == os.fspath(target)), None)
         if entry is None:
             return None
+        held = _held_at(entry)
+        if held is not None:
+            return self._servers.named(self._server_of(held))
         for root in self.roots.values():
             above = [one for one in known if root.is_relative_to(one.target)]
             if above and max(above, key=lambda one: len(one.target)).device == entry.device:
                 return self._servers.named(os.fspath(root))
         return self._servers.named(Source(entry.source).server) if ":/" in entry.source else None
 
+    def _server_of(self, held: fence.Held) -> str:
+        """The server that has its image. Asks nobody."""
+        base = self._base_of(held)
+        return Source(base.source).server if base is not None else os.fspath(held.backing)
+
+    def _base_of(self, held: fence.Held) -> mount.Mount | None:
+        known = (one for one in mountinfo.mounts() if Path(one.target).parent == self.directory)
+        return next((one for one in known if held.backing.is_relative_to(one.target)), None)
+
     def _answers(self, server: Server, target: Path) -> bool:
+        entry = next((one for one in reversed(mountinfo.mounts()) if one.target == os.fspath(target)), None)
+        held = _held_at(entry) if entry is not None else None
+        base = self._base_of(held) if held is not None else None
+        # How full a filesystem on a device is, the kernel knows by itself.
+        asked = Path(base.target) if base is not None else target
         try:
-            server.call("usage", _UNMOUNT_S, path=os.fspath(target))
+            server.call("usage", _UNMOUNT_S, path=os.fspath(asked))
         except (Unavailable, OSError):
             return False
         return True
@@ -233,6 +283,11 @@ class Exports:
     def _lock(self, key: str) -> threading.Lock:
         with self._guard:
             return self._guards.setdefault(key, threading.Lock())
+
+
+def _held_at(entry: mount.Mount) -> fence.Held | None:
+    """The image that this is a mount of, if it is one."""
+    return fence.of_device(entry.device) if entry.source.startswith("/dev/loop") else None
 
 
 def _is_mounted(target: Path) -> bool:

@@ -30,7 +30,9 @@ FALLOC_FL_WRITE_ZEROES: Final = 0x80
 FICLONE: Final = 0x40049409
 
 _ST_RDONLY: Final = 1
+_F_OFD_GETLK: Final = 36
 _F_OFD_SETLK: Final = 37
+_FLOCK: Final = "hhxxxxqqixxxx"
 _BLOCK: Final = 512
 _ZEROS: Final = 4 << 20
 
@@ -400,6 +402,30 @@ def lock(dir_fd: int, name: str) -> int | None:
     return fd
 
 
+def lock_whole(fd: int, *, shared: bool = False) -> bool:
+    """Lock the file for this open file description, against everybody, on other machines too; False if another has it.
+
+    fcntl(2) F_OFD_SETLK, which network filesystems pass on to their server. It ends with the last descriptor of the
+    description, whoever has that. `shared` keeps out only those who want it alone.
+    """
+    try:
+        _ofd_lock(fd, _F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def is_locked(fd: int) -> bool:
+    """Whether anybody has such a lock on the file, here or elsewhere."""
+    return _ofd_lock(fd, _F_OFD_GETLK, fcntl.F_WRLCK) != fcntl.F_UNLCK
+
+
+def _ofd_lock(fd: int, command: int, kind: int) -> int:
+    # struct flock: type, whence, start, length (0: all of it), pid (none)
+    asked = struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
+    return int(struct.unpack(_FLOCK, fcntl.fcntl(fd, command, asked))[0])
+
+
 def claim(dir_fd: int, name: str) -> int | None:
     """Make the file `name` and lock it against everybody, on other machines too; None if another has it.
 
@@ -409,13 +435,11 @@ def claim(dir_fd: int, name: str) -> int | None:
     while True:
         fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            # type, whence, start, length (0: all of it), pid (none)
-            fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack("hhxxxxqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            if not lock_whole(fd):
+                os.close(fd)
+                return None
             if _is_at(fd, dir_fd, name):
                 return fd
-        except (BlockingIOError, PermissionError):
-            os.close(fd)
-            return None
         except BaseException:
             os.close(fd)
             raise

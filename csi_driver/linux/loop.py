@@ -3,6 +3,10 @@
 
 A device is known by the (device, inode) of its backing file, never by a path: files are renamed, and sysfs shows
 a path as some mount namespace once saw it. Nothing here is recorded; the kernel is asked each time.
+
+What the kernel tells of a device whose file is on a server it may ask that server for, and so not tell at all while it
+is dead. Devices that have a `remote_owner` carry a mark that can be seen without that: all others pass them over,
+and `fence` knows them.
 """
 
 import contextlib
@@ -35,6 +39,9 @@ BLKSSZGET: Final = 0x1268
 BLKROSET: Final = 0x125D
 BLKROGET: Final = 0x125E
 BLKGETSIZE64: Final = 0x80081272
+_REMOTE_MARK: Final = 0x6F726C6F
+"""The upper half of a device's size limit, which is then larger than any image, and so limits nothing: sysfs tells it
+without asking anyone. The lower half tells whose it is."""
 
 _CONTROL: Final = "/dev/loop-control"
 _SYS_BLOCK: Final = "/sys/block"
@@ -127,7 +134,25 @@ def _sized() -> list[int]:
     return sorted(int(name[4:]) for name in names if name.startswith(b"loop") and name[4:].isdigit())
 
 
+def remote_owner(number: int) -> int | None:
+    """Whose the device is, if its file is on a server (see `attach`). Asks no server."""
+    try:
+        limit = _read_number(f"{_SYS_BLOCK}/loop{number}/loop/sizelimit")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return None  # Nothing is attached.
+        raise
+    return limit & 0xFFFFFFFF if limit >> 32 == _REMOTE_MARK else None
+
+
+def numbers() -> list[int]:
+    """The numbers of all attached devices, remote ones too, in order."""
+    return _sized()
+
+
 def _look(number: int, backing: tuple[int, int] | None = None) -> Loop | None:
+    if remote_owner(number) is not None:
+        return None
     try:
         fd = _open(number, os.O_RDONLY)
     except OSError as error:
@@ -203,8 +228,12 @@ def attach(
     direct_io: bool = True,
     sector_size: int = 512,
     discard: bool = True,
+    remote_owner: int | None = None,
 ) -> Loop:
     """Put the file behind a free loop device. The descriptor may be closed afterwards.
+
+    With a `remote_owner`, 32 bits that tell one machine of several on this kernel from the others, the file is one on a
+    server: the device keeps the caller's own open file description, with the locks on it.
 
     Without `discard` a writable device refuses discards, which would punch holes into the file and give the blocks away.
 
@@ -217,14 +246,22 @@ def attach(
     """
     # Opened anew: the caller's descriptor may be read-only, or O_PATH, or share flags with others.
     mode = os.O_RDONLY if readonly else os.O_RDWR
-    backing_fd = os.open(f"/proc/self/fd/{image_fd}", mode | os.O_CLOEXEC)
+    backing_fd = (
+        os.dup(image_fd)
+        if remote_owner is not None
+        else os.open(f"/proc/self/fd/{image_fd}", mode | os.O_CLOEXEC)
+    )
     try:
         control_fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
         try:
             flags = LO_FLAGS_READ_ONLY if readonly else 0
             if direct_io and _can_direct_io(backing_fd):
                 flags |= LO_FLAGS_DIRECT_IO
-            return _attach_free(control_fd, backing_fd, flags, sector_size, discard)
+            config = LoopConfig(fd=backing_fd, block_size=sector_size)
+            config.info.lo_flags = flags
+            if remote_owner is not None:
+                config.info.lo_sizelimit = _REMOTE_MARK << 32 | remote_owner
+            return _attach_free(control_fd, config, discard)
         finally:
             os.close(control_fd)
     finally:
@@ -242,11 +279,11 @@ def _can_direct_io(fd: int) -> bool:
     return True
 
 
-def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop:
+def _attach_free(control_fd: int, config: LoopConfig, discard: bool) -> Loop:
     for attempt in range(_ATTEMPTS):
         number = ioctl(control_fd, LOOP_CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")
         try:
-            found = _attach_to(number, backing_fd, flags, sector_size, discard)
+            found = _attach_to(number, config, discard)
             if found is not None:
                 return found
         except OSError as error:
@@ -261,11 +298,12 @@ def _attach_free(control_fd: int, backing_fd: int, flags: int, sector_size: int,
     raise OSError(errno.EBUSY, f"no free loop device in {_ATTEMPTS} attempts", _CONTROL)
 
 
-def _attach_to(number: int, backing_fd: int, flags: int, sector_size: int, discard: bool) -> Loop | None:
+def _attach_to(number: int, config: LoopConfig, discard: bool) -> Loop | None:
     """Attach to this device, or leave it as it was; None if it can never again be what is asked."""
+    flags = int(config.info.lo_flags)
     fd = _open(number, os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR)
     try:
-        _configure(fd, backing_fd, flags, sector_size)
+        _configure(fd, config)
         with contextlib.ExitStack() as undo:
             undo.callback(ioctl, fd, LOOP_CLR_FD, 0, "LOOP_CLR_FD")
             _clear_readonly(fd, flags)
@@ -304,17 +342,16 @@ def _read_number(path: str) -> int:
         return int(file.read())
 
 
-def _configure(fd: int, backing_fd: int, flags: int, sector_size: int) -> None:
-    config = LoopConfig(fd=backing_fd, block_size=sector_size)
-    config.info.lo_flags = flags
+def _configure(fd: int, config: LoopConfig) -> None:
     try:
         ioctl(fd, LOOP_CONFIGURE, config, "LOOP_CONFIGURE")
     except OSError as error:
-        if error.errno != errno.EINVAL or not flags & LO_FLAGS_DIRECT_IO:
+        if error.errno != errno.EINVAL or not config.info.lo_flags & LO_FLAGS_DIRECT_IO:
             raise
         # Some kernels refuse impossible direct I/O where others leave it off.
-        config.info.lo_flags = flags & ~LO_FLAGS_DIRECT_IO
-        ioctl(fd, LOOP_CONFIGURE, config, "LOOP_CONFIGURE")
+        plain = LoopConfig.from_buffer_copy(config)
+        plain.info.lo_flags &= ~LO_FLAGS_DIRECT_IO
+        ioctl(fd, LOOP_CONFIGURE, plain, "LOOP_CONFIGURE")
 
 
 def _clear_readonly(fd: int, flags: int) -> None:
@@ -415,7 +452,17 @@ def keep(loop: Loop) -> bool:
     ours = _open_if_ours(loop, os.O_RDONLY)
     if ours is None:
         return False
-    fd, info = ours
+    try:
+        return clear_autoclear(ours[0])
+    finally:
+        os.close(ours[0])
+
+
+def clear_autoclear(fd: int) -> bool:
+    """The same for a device that is open already."""
+    info = _status(fd)
+    if info is None:
+        return False
     try:
         if not info.lo_flags & LO_FLAGS_AUTOCLEAR:
             return True
@@ -428,8 +475,6 @@ def keep(loop: Loop) -> bool:
         if error.errno != errno.ENXIO:
             raise
         return False
-    finally:
-        os.close(fd)
 
 
 def take_over(loop: Loop, *, discard: bool = True) -> bool:

@@ -344,11 +344,20 @@ class Servers:
     """Every server that has been asked for, by name."""
 
     _known: dict[str, tuple[Breaker, Server]] = field(default_factory=dict)
+    _keepers: dict[str, Server] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def named(self, name: str) -> Server:
         """The server of this name."""
         return self._find(name)[1]
+
+    def keeper(self, name: str) -> Server:
+        """The same server by another child, for what takes long."""
+        breaker = self.breaker(name)
+        with self._guard:
+            if name not in self._keepers:
+                self._keepers[name] = Server(breaker)
+            return self._keepers[name]
 
     def breaker(self, name: str) -> Breaker:
         """Whether the server of this name is asked, for all who ask it."""
@@ -362,8 +371,8 @@ class Servers:
     def close(self) -> None:
         """End every worker."""
         with self._guard:
-            known = list(self._known.values())
-        for _, server in known:
+            known = [*(server for _, server in self._known.values()), *self._keepers.values()]
+        for server in known:
             server.close()
 
     def _find(self, name: str) -> tuple[Breaker, Server]:

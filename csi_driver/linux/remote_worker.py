@@ -4,14 +4,16 @@
 A program of its own, so that it can be killed. It holds nothing between two requests, and ends with its parent.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from csi_driver.linux import export, files, remote, worker
+from csi_driver.linux import export, fence_worker, files, remote, worker
 from csi_driver.linux import mount as mounts
+from csi_driver.linux.run import CommandError
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 
@@ -68,6 +70,10 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int]]] = 
     "ensure": ensure_directory,
     "unmount": unmount,
     "usage": usage,
+    "hold": fence_worker.hold,
+    "mount_held": fence_worker.mount_held,
+    "grow_held": fence_worker.grow_held,
+    "let_go": fence_worker.let_go,
 }
 
 
@@ -78,6 +84,8 @@ def main() -> None:
         fd = -1
         try:
             values, fd = OPERATIONS[request["operation"]](request)
+        except CommandError as error:
+            values = {"errno": errno.EIO, "error": str(error), "path": None}
         except OSError as error:
             path = os.fspath(error.filename) if error.filename is not None else None
             values = {"errno": error.errno, "error": error.strerror, "path": path}

@@ -76,7 +76,9 @@ def ranges(given: Iterable[tuple[int, int]]) -> list[pb.BlockMetadata]:
 
 
 def published_nodes(given: Volume, node_id: str) -> list[str]:
-    """Where a volume is in use: here, or nowhere that this driver knows of."""
+    """Where a volume is in use: here, or nowhere that this driver knows of; or who it was handed to."""
+    if given.holder is not None:
+        return [given.holder] if given.holder else []
     return [node_id] if given.in_use else []
 
 

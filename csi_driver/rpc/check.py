@@ -16,6 +16,8 @@ STRING_BYTES = 128
 """CSI's limit for strings where a field has none of its own."""
 MAP_BYTES = 4096
 """CSI's limit for all keys and values of a map together."""
+NODE_ID_BYTES = 256
+"""CSI's limit for a node's id."""
 PATH_BYTES = 4095
 """What the kernel takes (PATH_MAX counts the NUL)."""
 QUOTED_BYTES = 64

@@ -186,6 +186,26 @@ def controller_expansion(
     return volume_id, wanted, _optional_capability(request)
 
 
+def attachment(
+    request: pb.ControllerPublishVolumeRequest,
+) -> tuple[str, str, Capability, dict[str, str]]:
+    """CSI: ControllerPublishVolume. The volume's id, the node's, how it is used, its context."""
+    return (
+        check.required("volume_id", request.volume_id),
+        check.required("node_id", request.node_id, check.NODE_ID_BYTES),
+        _required_capability(request),
+        context(request.volume_context),
+    )
+
+
+def detachment(request: pb.ControllerUnpublishVolumeRequest) -> tuple[str, str]:
+    """CSI: ControllerUnpublishVolume. The volume's id and the node's ("": all nodes)."""
+    return (
+        check.required("volume_id", request.volume_id),
+        check.optional("node_id", request.node_id, check.NODE_ID_BYTES),
+    )
+
+
 # Node
 
 
@@ -196,6 +216,7 @@ def stage_request(request: pb.NodeStageVolumeRequest) -> StageRequest:
         staging_target_path=check.path("staging_target_path", request.staging_target_path),
         capability=_required_capability(request),
         context=context(request.volume_context),
+        handed=check.mapping("publish_context", request.publish_context),
     )
 
 
@@ -285,7 +306,9 @@ def context(given: Mapping[str, str]) -> dict[str, str]:
     return check.mapping("volume_context", {key: value for key, value in given.items() if key != TOKENS})
 
 
-def _required_capability(request: pb.NodeStageVolumeRequest | pb.NodePublishVolumeRequest) -> Capability:
+def _required_capability(
+    request: pb.NodeStageVolumeRequest | pb.NodePublishVolumeRequest | pb.ControllerPublishVolumeRequest,
+) -> Capability:
     if not request.HasField("volume_capability"):
         raise InvalidArgument("volume_capability: missing: say how the volume is to be used")
     return _capability("volume_capability", request.volume_capability)

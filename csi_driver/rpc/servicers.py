@@ -107,6 +107,10 @@ class ControllerService(ControllerServicer):
         ]
         if self._features.grows_in_controller:
             offered.append(_Rpc.EXPAND_VOLUME)
+        if self._features.hands_out:
+            offered.append(_Rpc.PUBLISH_UNPUBLISH_VOLUME)
+            # Not told of directories, which any node may have: the attacher would take them for lost.
+            offered.remove(_Rpc.LIST_VOLUMES_PUBLISHED_NODES)
         kind = pb.ControllerServiceCapability
         return pb.ControllerGetCapabilitiesResponse(
             capabilities=[kind(rpc=kind.RPC(type=capability)) for capability in offered]
@@ -182,6 +186,20 @@ class ControllerService(ControllerServicer):
         size_bytes, on_node = self._controller.expand_volume(*convert.controller_expansion(request))
         return pb.ControllerExpandVolumeResponse(capacity_bytes=size_bytes, node_expansion_required=on_node)
 
+    def ControllerPublishVolume(
+        self, request: pb.ControllerPublishVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerPublishVolumeResponse:
+        self._check_hands_out("ControllerPublishVolume")
+        told = self._controller.publish_volume(*convert.attachment(request))
+        return pb.ControllerPublishVolumeResponse(publish_context=told)
+
+    def ControllerUnpublishVolume(
+        self, request: pb.ControllerUnpublishVolumeRequest, context: grpc.ServicerContext
+    ) -> pb.ControllerUnpublishVolumeResponse:
+        self._check_hands_out("ControllerUnpublishVolume")
+        self._controller.unpublish_volume(*convert.detachment(request))
+        return pb.ControllerUnpublishVolumeResponse()
+
     def ControllerModifyVolume(
         self, request: pb.ControllerModifyVolumeRequest, context: grpc.ServicerContext
     ) -> pb.ControllerModifyVolumeResponse:
@@ -201,6 +219,10 @@ class ControllerService(ControllerServicer):
         found, token = self._controller.list_health(*convert.page(request))
         entries = [answers.volume_health(volume_id, health) for volume_id, health in found]
         return pb.ControllerListVolumeHealthResponse(entries=entries, next_token=token)
+
+    def _check_hands_out(self, method: str) -> None:
+        if not self._features.hands_out:
+            raise Unimplemented(f"{method}: no pool here has volumes that are attached; use them right away")
 
 
 class GroupService(GroupControllerServicer):
