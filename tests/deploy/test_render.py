@@ -196,6 +196,9 @@ def test_sidecars_have_the_versions_that_the_cluster_tests_run() -> None:
     modules = {"csi-provisioner": "external-provisioner/v6", "csi-resizer": "external-resizer/v2"}
     modules |= {"csi-snapshotter": "external-snapshotter/v8"}
     found = containers(chart("snapshots.enabled=true"))
+    modules["csi-attacher"] = "external-attacher/v4"
+    attaching = chart(*SHARED, "shared.attach=true")["Deployment", "orlop-shared-controller"]
+    found |= {one["name"]: one for one in attaching["spec"]["template"]["spec"]["containers"]}
 
     for name, module in modules.items():
         version = programs.module_version("kubernetes", f"{programs.CSI}/{module}")
@@ -249,6 +252,23 @@ def test_the_shared_driver_s_mounts_outlive_its_pods_and_one_controller_works_at
     sidecars = controller["template"]["spec"]["containers"][1:]
     assert [one["name"] for one in sidecars] == ["csi-provisioner", "csi-resizer", "csi-snapshotter"]
     assert all("--leader-election" in one["args"] for one in sidecars)
+
+
+def test_volumes_of_the_shared_driver_are_attached_if_that_is_wanted() -> None:
+    def verbs(found: Objects, resource: str) -> set[str]:
+        rules = found["ClusterRole", "orlop-shared-controller"]["rules"]
+        return {verb for rule in rules if resource in rule["resources"] for verb in rule["verbs"]}
+
+    plain, attaching = chart(*SHARED), chart(*SHARED, "shared.attach=true")
+
+    for found, wanted in ((plain, False), (attaching, True)):
+        assert found["CSIDriver", "shared.orlop.dev"]["spec"]["attachRequired"] is wanted
+        deployment = found["Deployment", "orlop-shared-controller"]["spec"]["template"]["spec"]
+        assert ("csi-attacher" in [one["name"] for one in deployment["containers"]]) is wanted
+        # The provisioner looks at them in any case, once a driver says that it attaches.
+        assert {"get", "list", "watch"} <= verbs(found, "volumeattachments")
+        assert ("patch" in verbs(found, "volumeattachments")) is wanted
+        assert verbs(found, "volumeattachments/status") == ({"patch"} if wanted else set())
 
 
 @pytest.mark.parametrize(("values", "count"), [((), 4), (SHARED, 2), (("shared.enabled=true",), 6)])
