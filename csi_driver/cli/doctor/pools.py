@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from csi_driver import backends
 from csi_driver.cli import records, words
 from csi_driver.cli.doctor.finding import Finding, error, ok, warning
 from csi_driver.cli.doctor.managed import look_at_backing
@@ -210,7 +211,7 @@ def _look_at_contents(area: str, config: PoolConfig) -> Iterator[Finding]:
     if contents.problem:
         yield _unreadable(area, contents.problem)
         return
-    if contents.pool.backend != config.backend:
+    if contents.pool.backend != backends.layout(config):
         yield error(
             area,
             f"holds a pool of backend {contents.pool.backend}, the configuration says {config.backend}",
