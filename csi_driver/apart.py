@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from csi_driver.backends.base import Backend, Features, Store
+from csi_driver.backends.base import PAYLOAD_IMAGE, Backend, Features, Store
 from csi_driver.catalog import VOLUMES, Catalog, Home
 from csi_driver.config import PoolConfig
 from csi_driver.errors import ConfigurationError, Unavailable
@@ -298,6 +298,19 @@ class ApartBackend:
     def limits_problem(self) -> str:
         """Asks no store."""
         return self._local.limits_problem()
+
+    def make(self, home: Home, spec: VolumeSpec) -> None:
+        """By a child of its own if it is an image, which takes its time."""
+        self._do(Order("backend", "make", (home, spec)))
+
+    def grow(self, home: Home, size_bytes: int) -> int:
+        """The same."""
+        return cast(int, self._do(Order("backend", "grow", (home, size_bytes))))
+
+    def _do(self, order: Order) -> Any:
+        if self._local.features.payload == PAYLOAD_IMAGE:
+            return self._child.copy(order, None)
+        return self._child.do(order)
 
     def copy(self, home: Home, source: Home, spec: VolumeSpec, transfer: Transfer, *, share: bool) -> None:
         """By a child of its own."""

@@ -13,15 +13,26 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc as stubs
 from tests.conftest import unavailable
 from tests.lab.disks import Disk, run
-from tests.lab.drivers import MANY
 from tests.lab.hosts import KernelServer, wait_for
 from tests.sanity.report import judge, parse_report, read_expected_skips
 from tests.sanity.run import ROOT, SKIPS, Settings, run_sanity, served, tracebacks
 from tests.sanity.scratch import Scratch
 
 NFS = 'backend = "nfs"\nserver = "{address}"\npath = "/share"\n'
+IMAGE = NFS + 'provisioning = "image"\n'
 DIRECTORY = 'backend = "directory"\nenforce_capacity = false\nmounted = true\n'
 CONFIG = 'scope = "shared"\ndriver_name = "sanity.orlop.dev"\nnode_id = "sanity-node"\n[pools.sanity]\nroot = "{root}"\n'
+
+
+ONE = pb.VolumeCapability(
+    mount=pb.VolumeCapability.MountVolume(),
+    access_mode=pb.VolumeCapability.AccessMode(mode=pb.VolumeCapability.AccessMode.SINGLE_NODE_WRITER),
+)
+KINDS = {
+    "nfs": (NFS, Settings("shared")),
+    "shared-directory": (DIRECTORY, Settings("shared")),
+    "nfs-image": (IMAGE, Settings("attached", left_out="should fail when the node does not exist")),
+}
 
 
 def warm_up(socket: Path) -> None:
@@ -29,7 +40,7 @@ def warm_up(socket: Path) -> None:
     with grpc.insecure_channel(f"unix://{socket}") as channel:
         controller = stubs.ControllerStub(channel)
         asked = pb.CreateVolumeRequest(
-            name="warm", volume_capabilities=[MANY], capacity_range=pb.CapacityRange(required_bytes=1 << 20)
+            name="warm", volume_capabilities=[ONE], capacity_range=pb.CapacityRange(required_bytes=1 << 20)
         )
         volume_id = controller.CreateVolume(asked, timeout=60).volume.volume_id
         snapshot = pb.CreateSnapshotRequest(name="warm", source_volume_id=volume_id)
@@ -39,7 +50,7 @@ def warm_up(socket: Path) -> None:
         controller.DeleteVolume(pb.DeleteVolumeRequest(volume_id=volume_id), timeout=60)
 
 
-@pytest.mark.parametrize("kind", ["nfs", "shared-directory"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_csi_sanity_passes(
     kind: str, make_disk: Callable[..., Disk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,9 +68,8 @@ def test_csi_sanity_passes(
     server.start()
     place = Scratch(tmp_path / "sanity")
     place.pool.mkdir(parents=True)
-    text = CONFIG.format(root=place.pool) + (NFS if kind == "nfs" else DIRECTORY).format(
-        address=server.address
-    )
+    options, settings = KINDS[kind]
+    text = CONFIG.format(root=place.pool) + options.format(address=server.address)
     (place.root / "orlop.toml").write_text(text)
     if kind == "shared-directory":
         run("mount", "-t", "nfs", f"{server.address}:/share", place.pool)
@@ -67,8 +77,8 @@ def test_csi_sanity_passes(
         socket = place.root / "csi.sock"
         with served(place, place.root / "orlop.toml", socket):
             warm_up(socket)
-            specs = parse_report(run_sanity(program, place, socket, Settings("shared")))
-        verdict = judge(f"{kind}/shared", specs, read_expected_skips(SKIPS))
+            specs = parse_report(run_sanity(program, place, socket, settings))
+        verdict = judge(f"{kind}/{settings.name}", specs, read_expected_skips(SKIPS))
         print((place.root / "driver.log").read_text())
         print("\n".join(verdict.complaints))
         assert not verdict.complaints and not tracebacks(place.root / "driver.log")
