@@ -105,7 +105,7 @@ class Images:
             self._mount(request, context)
         except BaseException:
             if found["new"] and not _is_mounted(Path(request.staging_target_path)):
-                self.unstage(request.volume_id, request.staging_target_path)
+                self._undo(request)
             raise
 
     def unstage(self, volume_id: str, staging_target_path: str) -> None:
@@ -172,8 +172,10 @@ class Images:
             return Stats(**usage)
         return Stats(total_bytes=devices[0].size_bytes)
 
-    def expand(self, volume_id: str, path: Path, wanted: CapacityRange) -> int | None:
+    def expand(self, volume_id: str, path: Path, staging: Path, wanted: CapacityRange) -> int | None:
         """Let it be as large as the controller has made its image; None: it is not held here.
+
+        By way of `staging`, where it is mounted there: `path` may be read-only.
 
         Raises:
             NotFound: it is not at this path.
@@ -185,12 +187,13 @@ class Images:
         shown = _shown(devices, path)
         if shown is None:
             raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
+        grown_at = staging if _shown(devices, staging) is not None else path
         grown = self._exports.keeper_of(devices[0]).call(
             "grow_held",
             _HOLD_S,
             volume_id=volume_id,
             node=self._node_id,
-            path=os.fspath(path) if shown.is_directory else "",
+            path=os.fspath(grown_at) if shown.is_directory else "",
         )[0]
         size_bytes = int(grown["size_bytes"])
         if size_bytes < wanted.required_bytes:
@@ -234,6 +237,14 @@ end the pods that use it"
         return entries
 
     # Parts
+
+    def _undo(self, request: StageRequest) -> None:
+        try:
+            self.unstage(request.volume_id, request.staging_target_path)
+        except (OSError, Error) as error:
+            log.error(
+                "volume %s: held though it is not mounted, until it is unstaged: %s", request.volume_id, error
+            )
 
     def _hold(
         self, volume_id: str, context: Mapping[str, str], handed: Handed | None, *, readonly: bool

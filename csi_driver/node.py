@@ -164,7 +164,8 @@ class Node:
         """
         with self._locks.hold(lock_key(volume_id)):
             if self._images is not None:
-                return self._expand_export(volume_id, Path(volume_path), wanted)
+                staging_path = Path(staging_target_path or volume_path)
+                return self._expand_export(volume_id, Path(volume_path), staging_path, wanted)
             pool, home = self._pools.get(volume_id)
             record = pool.catalog.read(home)
             if capability is not None and capability.access_type is not record.access_type:
@@ -249,8 +250,8 @@ class Node:
                 _check_single(request, self._exports.shown_at(fd))
             ensure_bound(fd, Path(request.target_path), _attributes(request, attributes))
 
-    def _expand_export(self, volume_id: str, path: Path, wanted: CapacityRange) -> int:
-        grown = self._images.expand(volume_id, path, wanted) if self._images is not None else None
+    def _expand_export(self, volume_id: str, path: Path, staging: Path, wanted: CapacityRange) -> int:
+        grown = self._images.expand(volume_id, path, staging, wanted) if self._images is not None else None
         if grown is None and (self._exports is None or not self._exports.is_shown(path)):
             raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
         # A directory has no size of its own here; what it may take, its server knows.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a node's child does with an image on an export (see `fence`): have it, mount what is in it, grow it, let it go.
 
-One operation each for `remote_worker`, and each may be killed at any point and repeated.
+A program of its own beside `remote_worker`, whose operations it has too. Each may be killed at any point and repeated.
 """
 
 import errno
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from csi_driver.linux import fence, files, filesystem, mount, privileges, unmounted
+from csi_driver.linux import fence, files, filesystem, mount, privileges, remote_worker, unmounted
 from csi_driver.linux.fence import Held
 from csi_driver.linux.mountflags import Attributes
 
@@ -21,14 +21,12 @@ SECTOR_BYTES = 4096
 
 def hold(request: dict[str, Any]) -> Found:
     """Lock an image and put it behind a device; a refusal is told as `refused`, who had it before as `before`."""
+    standing = None
     if not request["readonly"]:
-        standing = next(
-            (one for one in fence.find(request["volume_id"], request["node"]) if not one.readonly), None
-        )
+        devices = fence.find(request["volume_id"], request["node"])
+        standing = next((one for one in devices if not one.readonly), None)
         if standing is not None and not fence.keep(standing):
             raise OSError(errno.EBUSY, "it is letting go of its image: repeat", os.fspath(standing.path))
-        if standing is not None:
-            return {"number": standing.number, "size_bytes": standing.size_bytes, "new": False}, -1
     problem = fence.problem(Path(request["root"]))
     if problem:
         return {"refused": problem}, -1
@@ -38,9 +36,19 @@ def hold(request: dict[str, Any]) -> Found:
     finally:
         os.close(root_fd)
     try:
-        return _hold(home_fd, request), -1
+        return (_hold(home_fd, request) if standing is None else _held_yet(home_fd, request, standing)), -1
     finally:
         os.close(home_fd)
+
+
+def _held_yet(home_fd: int, request: dict[str, Any], standing: Held) -> dict[str, Any]:
+    """A device that stands, unless another node has taken over what is behind it: then it is good for nothing."""
+    who = _read(home_fd, request["user_file"]).get("node", request["node"])
+    if who != request["node"]:
+        return {
+            "refused": f"it was cut off from its server, and node {who!r} has taken the volume over: end the pods here"
+        }
+    return {"number": standing.number, "size_bytes": standing.size_bytes, "new": False}
 
 
 def _hold(home_fd: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -169,3 +177,15 @@ def _held(volume_id: str, node: str) -> Held:
     if held is None:
         raise OSError(errno.ENXIO, "no device has its image", volume_id)
     return held
+
+
+OPERATIONS: remote_worker.Operations = {
+    **remote_worker.OPERATIONS,
+    "hold": hold,
+    "mount_held": mount_held,
+    "grow_held": grow_held,
+    "let_go": let_go,
+}
+
+if __name__ == "__main__":
+    remote_worker.serve(OPERATIONS)

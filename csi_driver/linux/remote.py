@@ -30,6 +30,8 @@ from csi_driver.errors import Unavailable
 log = logging.getLogger(__name__)
 
 NODE_WORKER: Final = "csi_driver.linux.remote_worker"
+KEEPER: Final = "csi_driver.linux.fence_worker"
+"""The same for images, which are more than directories."""
 MOST_LEFT_BEHIND: Final = 4
 """Children of one server that are stuck in the kernel; with so many, none is started until one has ended."""
 
@@ -314,8 +316,8 @@ class Lane:
 class Server:
     """What a node wants of one file server: mounting, opening, measuring. See `remote_worker` for the operations."""
 
-    def __init__(self, breaker: Breaker) -> None:
-        self._lane = Lane(breaker, NODE_WORKER)
+    def __init__(self, breaker: Breaker, module: str = NODE_WORKER) -> None:
+        self._lane = Lane(breaker, module)
 
     def call(
         self, operation: str, timeout_s: float, *, always: bool = False, **arguments: object
@@ -352,11 +354,11 @@ class Servers:
         return self._find(name)[1]
 
     def keeper(self, name: str) -> Server:
-        """The same server by another child, for what takes long."""
+        """The same server by another child, for images: they take long."""
         breaker = self.breaker(name)
         with self._guard:
             if name not in self._keepers:
-                self._keepers[name] = Server(breaker)
+                self._keepers[name] = Server(breaker, KEEPER)
             return self._keepers[name]
 
     def breaker(self, name: str) -> Breaker:

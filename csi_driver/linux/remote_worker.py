@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from csi_driver.linux import export, fence_worker, files, remote, worker
+from csi_driver.linux import export, files, remote, worker
 from csi_driver.linux import mount as mounts
 from csi_driver.linux.run import CommandError
 
@@ -64,26 +64,25 @@ def usage(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
     }, -1
 
 
-OPERATIONS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int]]] = {
+Operations = dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int]]]
+
+OPERATIONS: Operations = {
     "mount": mount,
     "open": open_directory,
     "ensure": ensure_directory,
     "unmount": unmount,
     "usage": usage,
-    "hold": fence_worker.hold,
-    "mount_held": fence_worker.mount_held,
-    "grow_held": fence_worker.grow_held,
-    "let_go": fence_worker.let_go,
 }
 
 
-def main() -> None:
+def serve(operations: Operations) -> None:
+    """Do what is asked for, until nobody is there to ask."""
     connection = worker.connect()
     for content in worker.requests(connection):
         request = json.loads(content)
         fd = -1
         try:
-            values, fd = OPERATIONS[request["operation"]](request)
+            values, fd = operations[request["operation"]](request)
         except CommandError as error:
             values = {"errno": errno.EIO, "error": str(error), "path": None}
         except OSError as error:
@@ -95,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(OPERATIONS)

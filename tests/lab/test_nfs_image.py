@@ -230,6 +230,13 @@ def machines(tmp_path: Path, server: AnyServer) -> Iterator[Callable[[str], Mach
     for machine in made:
         machine.host.mend()
         machine.driver.end()
+        # Before its network is gone, which what is unwritten still needs: only of a test that failed.
+        for line in reversed(machine.host.run("cat", "/proc/self/mounts").splitlines()):
+            if line.startswith("/dev/loop") and line.split()[1] in (
+                str(machine.staging),
+                str(machine.target),
+            ):
+                machine.host.run("umount", "-d", line.split()[1])
         machine.host.remove()
     # With the last process of a machine its mounts go, and with them its devices.
     wait_for(lambda: not loops(), 60)
@@ -383,6 +390,8 @@ def test_a_dead_machine_loses_its_volume_with_its_lease(scene: Scene) -> None:
     assert pod.stderr is not None
     pod.stderr.close()
     one.fails("echo later >$T/later && sync -f $T/later")
+    error = refused(lambda: one.stage(volume))
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION and "node 'two' has taken" in error.sentence
     health = one.driver.node.NodeGetVolumeHealth(
         pb.NodeGetVolumeHealthRequest(volume_id=volume.volume_id), timeout=60
     ).volume_health.health_statuses
@@ -396,7 +405,7 @@ def test_a_dead_machine_loses_its_volume_with_its_lease(scene: Scene) -> None:
     # And so it can have the volume again.
     one.stage(volume, scene.attach(volume, one))
     one.publish(volume)
-    assert one.sh("cat $T/file; ls $T") == "new\nfile\nhalf\n"
+    assert one.sh("cat $T/file") == "new\n"
     one.leave(volume)
 
 
