@@ -65,8 +65,15 @@ class Exports:
 
     @contextmanager
     def opened_in(self, root: Path, path: str, make: dict[str, int] | None = None) -> Iterator[int]:
-        """The same for a directory beneath one of the roots."""
-        fd = self._ask(self._servers.named(os.fspath(root)), root, path, make)
+        """The same for a directory beneath one of the roots, which is mounted anew by others only."""
+        try:
+            fd = self._ask(self._servers.named(os.fspath(root)), root, path, make)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            raise Unavailable(
+                f"{root}: what is mounted there is of no use any more ({error.strerror}): mount it anew"
+            ) from error
         try:
             yield fd
         finally:
@@ -200,7 +207,9 @@ class Exports:
             above = [one for one in known if root.is_relative_to(one.target)]
             if above and max(above, key=lambda one: len(one.target)).device == entry.device:
                 return self._servers.named(os.fspath(root))
-        return self._servers.named(Source(entry.source).server) if ":/" in entry.source else None
+        # What a program serves (FUSE) waits for that, also where it is none of ours.
+        served = ":/" in entry.source or entry.fs_type.startswith("fuse")
+        return self._servers.named(Source(entry.source).server) if served else None
 
     def _server_of(self, held: fence.Held) -> str:
         """The server that has its image. Asks nobody."""
