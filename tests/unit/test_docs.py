@@ -11,7 +11,7 @@ import pytest
 
 from csi_driver import config, mutable
 from csi_driver.app import parse_arguments
-from csi_driver.backends import BACKENDS, btrfs, directory, image, memory
+from csi_driver.backends import BACKENDS, btrfs, directory, image, memory, nfs
 from csi_driver.backends.parameters import EVERY
 from csi_driver.linux.filesystem import FILESYSTEMS
 from csi_driver.model import PLACEMENT_KEYS, HealthStatus
@@ -31,6 +31,7 @@ TABLES: list[tuple[str, type[msgspec.Struct]]] = [
     ('`backend = "image"`', image.ImageOptions),
     ('`backend = "directory"`', directory._Options),
     ('`backend = "btrfs"`', btrfs._Options),
+    ('`backend = "nfs"`', nfs._Options),
 ]
 
 
@@ -56,7 +57,7 @@ def rows(text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("heading", "kind"), TABLES, ids=[heading for heading, _ in TABLES])
 def test_every_key_is_documented_with_its_default(heading: str, kind: type[msgspec.Struct]) -> None:
     documented = {
-        key: json.loads(cells[1].strip("`"))
+        key: msgspec.NODEFAULT if cells[1] == "required" else json.loads(cells[1].strip("`"))
         for key, cells in rows(section("configuration.md", heading)).items()
     }
 
@@ -65,6 +66,8 @@ def test_every_key_is_documented_with_its_default(heading: str, kind: type[msgsp
 
 
 def _default(field: msgspec.structs.FieldInfo) -> Any:
+    if field.required:
+        return msgspec.NODEFAULT
     return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
