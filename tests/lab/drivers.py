@@ -35,7 +35,7 @@ class Driver:
                 argv, stdout=log, stderr=log, start_new_session=True, env=environment
             )
         try:
-            wait_for(socket.exists, 30)
+            wait_for(socket.exists, 120)
         except AssertionError:
             self._process.kill()
             self._process.wait()
