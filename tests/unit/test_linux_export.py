@@ -9,7 +9,33 @@ import pytest
 
 from csi_driver.linux import export
 
-SOURCE = export.Source("files.example.org:/share", options=("nfsvers=4.2",))
+SOURCE = export.Source("files.example.org:/share")
+
+
+def stand_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "mount.nfs").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "mount.nfs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ((), "vers=4"),
+        (("hard", "nconnect=2"), "vers=4,hard,nconnect=2"),
+        (("hard", "nfsvers=4.1"), "hard,nfsvers=4.1"),
+        (("vers=3", "nolock"), "vers=3,nolock"),
+    ],
+)
+def test_nfsv4_is_meant_where_nothing_is_said(
+    options: tuple[str, ...], given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(f"echo $* >{tmp_path}/said", tmp_path / "bin", monkeypatch)
+
+    export.mount(export.Source("files:/share", options=options), tmp_path / "target")
+
+    assert (tmp_path / "said").read_text().split() == ["files:/share", f"{tmp_path}/target", "-o", given]
 
 
 @pytest.mark.parametrize(
@@ -29,11 +55,7 @@ SOURCE = export.Source("files.example.org:/share", options=("nfsvers=4.2",))
 def test_what_mounting_fails_with(
     said: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "bin/mount.nfs"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 32\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    stand_in(f"echo '{said}' >&2; exit 32", tmp_path / "bin", monkeypatch)
 
     with pytest.raises(OSError) as failed:
         export.mount(SOURCE, tmp_path / "target")
