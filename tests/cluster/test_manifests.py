@@ -20,7 +20,12 @@ def validate(text: str) -> None:
     "directory",
     [
         *("kustomize/base", "kustomize/overlays/k0s", "kustomize/overlays/microk8s"),
-        *("kustomize/overlays/snapshots", "minikube"),
+        *(
+            "kustomize/overlays/snapshots",
+            "kustomize/shared",
+            "kustomize/overlays/shared-directory",
+            "minikube",
+        ),
     ],
 )
 def test_kustomize_directories_are_valid(cluster: None, directory: str) -> None:
@@ -29,8 +34,12 @@ def test_kustomize_directories_are_valid(cluster: None, directory: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [(), ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")],
-    ids=["own", "sidecars"],
+    [
+        (),
+        ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true"),
+        ("shared.enabled=true", "shared.pools.a.backend=directory", "shared.pools.a.root=/srv/a"),
+    ],
+    ids=["own", "sidecars", "shared"],
 )
 def test_the_chart_is_valid(cluster: None, values: tuple[str, ...]) -> None:
     settings = [word for value in values for word in ("--set", value)]

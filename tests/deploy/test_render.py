@@ -26,6 +26,10 @@ K0S = "/var/lib/k0s/kubelet"
 MICROK8S = "/var/snap/microk8s/common/var/lib/kubelet"
 MONITORING = ("monitoring.podMonitor=true", "monitoring.rules=true", "monitoring.labels.release=prometheus")
 SHARED = ("shared.enabled=true", "local.enabled=false")
+DIRECTORIES = (
+    *("shared.pools.team.backend=directory", "shared.pools.team.root=/mnt/team"),
+    *("shared.pools.team.mounted=true", "shared.pools.team.enforce_capacity=false"),
+)
 ALL_SIDECARS = ("registration=sidecar", "liveness=sidecar", "snapshots.enabled=true")
 
 Objects = dict[tuple[str, str], dict[str, Any]]
@@ -83,6 +87,7 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
     [
         ("kustomize/base", ()),
         ("kustomize/shared", SHARED),
+        ("kustomize/overlays/shared-directory", (*SHARED, *DIRECTORIES)),
         ("kustomize/overlays/snapshots", ("snapshots.enabled=true",)),
         ("kustomize/overlays/k0s", (f"kubeletDir={K0S}",)),
         ("kustomize/overlays/microk8s", (f"kubeletDir={MICROK8S}",)),
@@ -271,6 +276,23 @@ def test_volumes_of_the_shared_driver_are_attached_if_that_is_wanted() -> None:
         assert verbs(found, "volumeattachments/status") == ({"patch"} if wanted else set())
 
 
+def test_controllers_and_nodes_see_the_directories_that_every_node_has_mounted() -> None:
+    more = ("shared.pools.plain.backend=directory", "shared.pools.plain.root=/srv/plain")
+    found = chart(*SHARED, *DIRECTORIES, *more)
+
+    for kind, name in (("DaemonSet", "orlop-shared-node"), ("Deployment", "orlop-shared-controller")):
+        pod = found[kind, name]["spec"]["template"]["spec"]
+        mounts = {one["name"]: one for one in pod["containers"][0]["volumeMounts"]}
+        volumes = {one["name"]: one.get("hostPath") for one in pod["volumes"]}
+        # That a filesystem is mounted is seen from above only; and no node makes a directory in its place.
+        for pool, path in (("pool-team", "/mnt"), ("pool-plain", "/srv/plain")):
+            assert mounts[pool]["mountPath"] == path
+            assert mounts[pool]["mountPropagation"] == "HostToContainer"
+            assert volumes[pool] == {"path": path, "type": "Directory"}
+    config = configuration.parse(found["ConfigMap", "orlop-shared-config"]["data"]["config.toml"])
+    assert (config.pools["team"].mounted, config.pools["plain"].mounted) == (True, False)
+
+
 @pytest.mark.parametrize(("values", "count"), [((), 4), (SHARED, 2), (("shared.enabled=true",), 6)])
 def test_no_object_grants_a_wildcard_or_secrets(values: tuple[str, ...], count: int) -> None:
     roles = [
@@ -309,6 +331,12 @@ def test_every_right_says_who_needs_it() -> None:
         ("pools.fast.root=/fast,pools.fast.mounted=true", "another directory than /"),
         ("registration=both", "registration"),
         ("shared.pools.team.backend=image", "backend"),
+        ("shared.pools.team.backend=directory", "root"),
+        ("shared.pools.team.backend=nfs", "server"),
+        (
+            "shared.enabled=true,shared.pools.team.backend=directory,shared.pools.team.root=/team,shared.pools.team.mounted=true",
+            "another directory than /",
+        ),
         ("shared.node.httpport=1", "httpport"),
         ("storageClasses[0].volumeBindingMode=Later", "volumeBindingMode"),
         ("snapshots.classes[0].deletionPolicy=Never", "deletionPolicy"),

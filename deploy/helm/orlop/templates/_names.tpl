@@ -107,6 +107,40 @@ driver_name = {{ toJson .Values.shared.driverName }}
 {{- end }}
 {{- end }}
 
+{{/*
+What the driver for file servers sees of a node for its pools of directories: path to the volume's name. Others mount the
+filesystem, on the node, whenever they do; one that must be mounted is looked at from the directory above.
+*/}}
+{{- define "orlop.sharedPoolPaths" -}}
+{{- $paths := dict }}
+{{- range $name, $pool := .Values.shared.pools }}
+{{- if eq $pool.backend "directory" }}
+{{- if and $pool.mounted (eq (dir $pool.root) "/") }}
+{{- fail (printf "shared.pools.%s: root of a pool that must be mounted must lie in another directory than /" $name) }}
+{{- end }}
+{{- $path := $pool.mounted | ternary (dir $pool.root) $pool.root }}
+{{- if not (hasKey $paths $path) }}
+{{- $_ := set $paths $path (printf "pool-%s" $name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- toJson $paths }}
+{{- end }}
+
+{{- define "orlop.sharedPoolMounts" -}}
+{{- range $path, $name := include "orlop.sharedPoolPaths" . | fromJson }}
+- {name: {{ $name }}, mountPath: {{ $path }}, mountPropagation: HostToContainer}
+{{- end }}
+{{- end }}
+
+{{/* Never made: on a node that lacks the filesystem, a directory of its own would take its place. */}}
+{{- define "orlop.sharedPoolVolumes" -}}
+{{- range $path, $name := include "orlop.sharedPoolPaths" . | fromJson }}
+- name: {{ $name }}
+  hostPath: {path: {{ $path }}, type: Directory}
+{{- end }}
+{{- end }}
+
 {{- define "orlop.sharedSocketDir" -}}
 {{ .Values.kubeletDir }}/plugins/{{ .Values.shared.driverName }}
 {{- end }}
