@@ -6,8 +6,10 @@ from tests.cluster.harness.layout import Node
 
 # One shell for all questions: entering a node costs more than asking.
 _LOOK = r"""
-for home in /var/lib/orlop/*/volumes/* /var/lib/orlop/*/snapshots/* /var/lib/orlop/*/staging/* /var/lib/orlop/*/trash/*; do
-    [ -e "$home" ] && echo "home $home"
+for pool in /var/lib/orlop/* /data/team; do
+    for home in "$pool"/volumes/* "$pool"/snapshots/* "$pool"/staging/* "$pool"/trash/*; do
+        [ -e "$home" ] && echo "home $home"
+    done
 done
 grep -ho '[^ ]*/kubernetes.io[^ ]*csi[^ ]*' /proc/self/mountinfo | sed 's/^/mount /'
 # A loop device belongs to the node on whose disk its file lies: its path is lost when its driver's container ends.

@@ -24,6 +24,10 @@ def parse_arguments() -> argparse.Namespace:
     verbs.add_parser("deploy", help="build the driver's image, load it and install the chart")
     verbs.add_parser("load", help="load image archives").add_argument("archive", type=Path, nargs="+")
     verbs.add_parser("power-cut", help="cut a node's power and start it again").add_argument("node", type=int)
+    verbs.add_parser(
+        "stop", help="end pods and control plane, but not what is mounted (minikube's none driver)"
+    )
+    verbs.add_parser("start", help="start what `stop` ended")
     execute = verbs.add_parser("node-exec", help="run a command in a node's namespaces")
     execute.add_argument("node", type=int)
     execute.add_argument("command", nargs=argparse.REMAINDER)
@@ -50,6 +54,10 @@ def main() -> None:
             cluster.load(arguments.archive)
         case "power-cut":
             cluster.power_cut(Node(arguments.node))
+        case "stop":
+            cluster.stop()
+        case "start":
+            cluster.start_again()
         case "node-exec":
             command = [*node.enter(Node(arguments.node)), *arguments.command]
             os.execvpe(command[0], command, processes.environment())

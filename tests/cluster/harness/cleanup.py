@@ -27,6 +27,8 @@ def remove_all() -> None:
     nodes = layout.existing_nodes()
     for one in nodes:
         stop_node(one)
+    for device in node.shared_device().split():
+        run("losetup", "--detach", device)
     for component in control_plane.COMPONENTS:
         processes.kill(component)
     for one in nodes:

@@ -57,6 +57,23 @@ def load(archives: list[Path]) -> None:
         _for_all(layout.existing_nodes(), lambda one, archive=archive: node.load_image(one, archive))  # type: ignore[misc]
 
 
+def stop() -> None:
+    """As `minikube stop` without a virtual machine: pods and control plane end, files and mounts stay."""
+    _for_all(layout.existing_nodes(), node.stop_agents)
+    for component in reversed(control_plane.COMPONENTS):
+        processes.kill(component)
+
+
+def start_again() -> None:
+    """After `stop`: the same cluster, with all it had."""
+    nodes = layout.existing_nodes()
+    control_plane.start_api()
+    control_plane.wait_for_api()
+    control_plane.start_controllers()
+    _for_all(nodes, node.allow_kubelet)
+    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=120)
+
+
 def power_cut(one: Node) -> None:
     """The node loses its power and comes back: processes and mounts are gone, disks are not."""
     cleanup.stop_node(one)
@@ -103,6 +120,7 @@ def _start(nodes: list[Node], archives: list[Path]) -> None:
     certificates.make_all(nodes)
     control_plane.start_network()
     control_plane.start_api()
+    _make_shared_disk()
     say("etcd and API server started")
     _for_all(nodes, node.start)
     say(f"{len(nodes)} node(s) with containerd started")
@@ -115,6 +133,11 @@ def _start(nodes: list[Node], archives: list[Path]) -> None:
     processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=120)
     processes.wait_until(_has_default_account, "the default service account", timeout_s=60)
     say("nodes Ready")
+
+
+def _make_shared_disk() -> None:
+    node.make_image(layout.SHARED_IMAGE, layout.SHARED_DISK)
+    run("losetup", "--find", layout.SHARED_IMAGE)
 
 
 def _for_all(nodes: list[Node], action: Callable[[Node], None]) -> None:

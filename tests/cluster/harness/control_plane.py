@@ -18,7 +18,7 @@ def start_network() -> None:
 
 
 def start_api() -> None:
-    layout.ETCD_DATA.mkdir(parents=True)
+    layout.ETCD_DATA.mkdir(parents=True, exist_ok=True)
     _write_audit_policy()
     processes.start("etcd", ["etcd", *_etcd_flags()])
     processes.start("kube-apiserver", ["kube-apiserver", *_api_server_flags()])

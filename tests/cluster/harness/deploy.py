@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put the driver into the cluster as a user would: its image, a namespace, and the chart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cluster.harness import cluster, driver_image, programs
 from tests.cluster.harness.processes import run
 
 VALUES = Path(__file__).resolve().parent.parent / "values.yaml"
+SHARED_VALUES = VALUES.with_name("values-shared.yaml")
 CHART = driver_image.REPOSITORY / "deploy/helm/orlop"
 SNAPSHOT_CONTROLLER = driver_image.REPOSITORY / "deploy/snapshot-controller.yaml"
 IMAGE = "localhost/orlop:test"
@@ -38,14 +40,22 @@ def install_snapshot_controller() -> None:
     run("kubectl", "apply", "--filename", SNAPSHOT_CONTROLLER)
 
 
-def install(*values: str) -> None:
+def install(*values: str, files: Sequence[Path] = (VALUES,)) -> None:
     """Install or upgrade the chart with the tests' values, and further ones."""
-    more = [word for value in values for word in ("--set", value)]
-    run("helm", "upgrade", "--install", "orlop", CHART, "--namespace", NAMESPACE, "--values", VALUES, *more)
+    more: list[str | Path] = [word for file in files for word in ("--values", file)]
+    more += [word for value in values for word in ("--set", value)]
+    run("helm", "upgrade", "--install", "orlop", CHART, "--namespace", NAMESPACE, *more)
 
 
-def wait() -> None:
-    workloads = [(NAMESPACE, "daemonset/orlop-node"), (NAMESPACE, "deployment/orlop-resizer")]
+def install_both() -> None:
+    """The driver for the nodes' own disks, and the one for what every node reaches."""
+    install(files=(VALUES, SHARED_VALUES))
+
+
+def wait(*further: str) -> None:
+    """Wait for the driver, and for further workloads of its namespace."""
+    own = ("daemonset/orlop-node", "deployment/orlop-resizer", *further)
+    workloads = [(NAMESPACE, workload) for workload in own]
     for namespace, workload in [*workloads, ("kube-system", "deployment/snapshot-controller")]:
         try:
             run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=60s")

@@ -54,6 +54,10 @@ DISKS = (
     Disk("btrfs", "btrfs", "8G", "/var/lib/orlop/shared"),
 )
 
+# One for all nodes, which have it mounted at the same path: what a cluster filesystem is to real ones.
+SHARED_DISK = Disk("shared", "ext4", "4G", "/data/team")
+SHARED_IMAGE = ROOT / "disk-shared.img"
+
 
 @dataclass(frozen=True)
 class Node:

@@ -6,6 +6,7 @@ Not its business: the control plane, and removing what a dead node left (cleanup
 
 import json
 import os
+import time
 from pathlib import Path
 
 from tests.cluster.harness import layout, processes
@@ -22,6 +23,7 @@ def start(node: Node) -> None:
     (node.directory / "kubelet-may-start").unlink(missing_ok=True)
     _write_configuration(node)
     disks = [_make_disk(node, disk) for disk in layout.DISKS]
+    disks.append(f"{shared_device()}={layout.SHARED_DISK.mount_point}")
     _connect(node)
     for group in cgroup_directories(node):
         group.mkdir(parents=True, exist_ok=True)  # kubelet's cgroupRoot must exist in every hierarchy
@@ -32,8 +34,40 @@ def start(node: Node) -> None:
     processes.wait_until(lambda: _containerd_answers(node), f"containerd of {node.name}", timeout_s=60)
 
 
+def shared_device() -> str:
+    """The one block device over the disk that all nodes have, so that the kernel takes it for one filesystem."""
+    columns = ["--noheadings", "--output", "NAME"]
+    return run("losetup", *columns, "--associated", layout.SHARED_IMAGE).strip()
+
+
 def allow_kubelet(node: Node) -> None:
     (node.directory / "kubelet-may-start").touch()
+
+
+def stop_agents(node: Node) -> None:
+    """kubelet and every container end, as `minikube stop` ends them; what they mounted stays mounted."""
+    (node.directory / "kubelet-may-start").unlink()
+    kill(node, "^kubelet ")
+    _end_containers(node, "SIGTERM")
+    deadline = time.monotonic() + 5
+    while _tasks(node) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    _end_containers(node, "SIGKILL")
+    processes.wait_until(lambda: not _tasks(node), f"the containers of {node.name} to end", timeout_s=30)
+
+
+def _end_containers(node: Node, signal: str) -> None:
+    for task in _tasks(node):
+        run(*_ctr(node), "tasks", "kill", "--signal", signal, task, check=False)
+
+
+def _tasks(node: Node) -> list[str]:
+    rows = run(*_ctr(node), "tasks", "list").splitlines()[1:]
+    return [row.split()[0] for row in rows if row.split()[-1] == "RUNNING"]
+
+
+def _ctr(node: Node) -> list[str]:
+    return [*enter(node), "ctr", "--namespace", "k8s.io"]
 
 
 def execute(node: Node, *command: str) -> str:
@@ -57,6 +91,28 @@ def kill(node: Node, command_line: str) -> int:
     for pid in pids:
         run(*enter(node), "kill", "-KILL", pid, check=False)
     return len(pids)
+
+
+def find_processes(node: Node, *words: str) -> list[int]:
+    """The node's processes, as the machine numbers them, whose command line has these words in a row."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            command_line = (directory / "cmdline").read_bytes()
+            groups = (directory / "cgroup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        if "\0".join(words).encode() in command_line and f"/{layout.CGROUP}/{node.name}/" in groups:
+            found.append(int(directory.name))
+    return found
+
+
+def path_of(node: Node, path: str) -> Path:
+    """What the node has at `path`, as a path of the machine."""
+    pid = processes.find(f"{node.name}-init")
+    if pid is None:
+        raise RuntimeError(f"{node.name} does not run")
+    return Path(f"/proc/{pid}/root{path}")
 
 
 def load_image(node: Node, archive: Path) -> None:
@@ -98,9 +154,13 @@ def _containerd_answers(node: Node) -> bool:
 def _make_disk(node: Node, disk: layout.Disk) -> str:
     image = node.directory / f"disk-{disk.name}.img"
     if not image.exists():  # a restarted node keeps its disks
-        run("truncate", f"--size={disk.size}", image)
-        run(f"mkfs.{disk.filesystem}", "-q", image)
+        make_image(image, disk)
     return f"{image}={disk.mount_point}"
+
+
+def make_image(image: Path, disk: layout.Disk) -> None:
+    run("truncate", f"--size={disk.size}", image)
+    run(f"mkfs.{disk.filesystem}", "-q", image)
 
 
 def _connect(node: Node) -> None:
@@ -178,6 +238,8 @@ def _kubelet_configuration(node: Node) -> dict[str, object]:
         "resolvConf": "",
         # A mounted volume is expanded at the pod's next sync; by default that is a minute away.
         "syncFrequency": "5s",
+        # A driver that a test kills again and again is not to wait for longer and longer in between.
+        "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
         # As many as the node has addresses for: a benchmark starts a hundred beside what runs anyhow.
         "maxPods": 250,
         # The machine's disk is no concern of the cluster's: evict nothing, collect no image.
