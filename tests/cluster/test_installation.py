@@ -2,7 +2,7 @@
 """An administrator upgrades the driver, takes it out, puts it back, and asks it how each node is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -11,7 +11,7 @@ import csi_driver
 from tests.cluster import kube, traces
 from tests.cluster.harness import cluster, deploy, driver_image, layout, node
 from tests.cluster.harness.processes import run
-from tests.cluster.kube import Namespace, claim, pod
+from tests.cluster.kube import Manifest, Namespace, claim, pod
 
 MINIKUBE = deploy.CHART.parents[1] / "minikube"
 NODES = (layout.Node(1), layout.Node(2))
@@ -141,26 +141,110 @@ def end_managed_pool(one: layout.Node) -> None:
     node.execute(one, "rm", "-r", "/data/orlop")
 
 
-def test_minikubes_manifests_work_as_they_stand(namespace: Namespace) -> None:
+def standard_class(default: bool) -> Manifest:
+    """minikube's own class, which nobody serves here."""
+    standard = kube.storage_class("standard", {}, binding="Immediate")
+    marked = {"storageclass.kubernetes.io/is-default-class": str(default).lower()}
+    return standard | {
+        "metadata": {"name": "standard", "annotations": marked},
+        "provisioner": "k8s.io/minikube-hostpath",
+    }
+
+
+@pytest.fixture
+def minikube(namespace: Namespace) -> Iterator[None]:
+    """Orlop as minikube's users install it, with one command, in a cluster that has a default class already."""
     run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=90s")
     manifests = run("kubectl", "kustomize", MINIKUBE)
     name_image(next(word for word in manifests.split() if word.startswith("ghcr.io/")))
-
+    kube.apply(standard_class(default=True))
     run("kubectl", "apply", "--kustomize", MINIKUBE)
     deploy.wait()
-    by_default = claim("data")
-    del by_default["spec"]["storageClassName"]
-    namespace.apply(by_default, pod("app", {"/data": "data"}))
-    namespace.wait_until_running("app")
-    assert namespace.volume_of("data")["spec"]["storageClassName"] == "orlop"
-    where = layout.Node(int(namespace.node_of("app").removeprefix("node")))
-    assert node.execute(where, "ls", "/data/orlop/default/volumes").strip() != ""
-
+    yield
     namespace.clear()
     kube.wait_until(
-        lambda: kube.kubectl("get", "persistentvolumes", "--output=name") == "", "the volume to go"
+        lambda: kube.kubectl("get", "persistentvolumes", "--output=name") == "", "the volumes to go"
     )
     run("kubectl", "delete", "--kustomize", MINIKUBE, "--timeout=90s")
+    kube.kubectl("delete", "storageclass", "standard")
     for one in layout.existing_nodes():
         end_managed_pool(one)
     run("kubectl", "create", "namespace", deploy.NAMESPACE)
+
+
+def of_the_default_class(name: str) -> Manifest:
+    wanted = claim(name)
+    del wanted["spec"]["storageClassName"]
+    return wanted
+
+
+def test_minikubes_manifests_work_as_they_stand(namespace: Namespace, minikube: None) -> None:
+    for one in NODES:
+        place = {"kubernetes.io/hostname": one.name}
+        namespace.apply(
+            of_the_default_class(one.name), pod(one.name, {"/data": one.name}, nodeSelector=place)
+        )
+    for one in NODES:
+        namespace.wait_until_running(one.name)
+
+        assert namespace.volume_of(one.name)["spec"]["storageClassName"] == "orlop"
+        assert node.execute(one, "ls", "/data/orlop/default/volumes").strip() != ""
+
+
+def stop_and_start() -> None:
+    """minikube's driver `none`: everything that runs ends, nothing is unmounted."""
+    cluster.stop()
+    for one in NODES:
+        node.execute(one, "mountpoint", "/data/orlop/default")
+    cluster.start_again()
+
+
+def boot_anew() -> None:
+    """minikube's virtual machines: nothing but what is on their disks is left."""
+    for one in NODES:
+        cluster.power_cut(one)
+
+
+@pytest.mark.parametrize("restart", [stop_and_start, boot_anew])
+def test_minikube_stop_and_start_lie_between_writing_and_reading(
+    namespace: Namespace, minikube: None, restart: Callable[[], None]
+) -> None:
+    """Pods come back to their data, new ones find it too, and new volumes are made."""
+    for one in NODES:
+        place = {"kubernetes.io/hostname": one.name}
+        namespace.apply(
+            of_the_default_class(one.name), pod(one.name, {"/data": one.name}, nodeSelector=place)
+        )
+    for one in NODES:
+        namespace.wait_until_running(one.name)
+        namespace.shell(one.name, f"echo of {one.name} > /data/file; sync")
+
+    restart()
+    # `minikube start` marks its own class as the only default one; the one command again makes it Orlop's.
+    kube.kubectl(
+        "annotate", "--overwrite", "storageclass/orlop", "storageclass.kubernetes.io/is-default-class=false"
+    )
+    run("kubectl", "apply", "--kustomize", MINIKUBE)
+
+    for one in NODES:
+        kube.wait_until(
+            lambda one=one: reads(namespace, one.name) == f"of {one.name}",  # type: ignore[misc]
+            f"pod {one.name} to read what it wrote",
+            timeout_s=180,
+            tell=namespace.story,
+        )
+    deploy.wait()
+    for one in NODES:
+        namespace.delete("pod", one.name)
+        namespace.apply(pod(one.name, {"/data": one.name}), of_the_default_class(f"more-{one.name}"))
+        namespace.apply(pod(f"more-{one.name}", {"/data": f"more-{one.name}"}))
+        for name in (one.name, f"more-{one.name}"):
+            namespace.wait_until_running(name, timeout_s=90)
+        assert reads(namespace, one.name) == f"of {one.name}"
+
+
+def reads(namespace: Namespace, name: str) -> str:
+    try:
+        return namespace.shell(name, "cat /data/file")
+    except kube.KubectlFailed as error:
+        return str(error)
