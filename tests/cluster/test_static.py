@@ -63,6 +63,7 @@ def directories(namespace: Namespace) -> Iterator[None]:
 def test_a_retained_volume_is_released_and_a_new_one_takes_its_data_over(namespace: Namespace) -> None:
     namespace.apply_example("static.yaml")
     namespace.wait_until_running("static")
+    assert namespace.get("persistentvolume", "pv-static")["status"]["phase"] == "Bound"
     assert namespace.shell("static", "cat /data/file") == "reports of 1999"
     namespace.shell("static", "echo more >> /data/file")
 
@@ -81,14 +82,13 @@ def test_a_retained_volume_is_released_and_a_new_one_takes_its_data_over(namespa
     assert namespace.shell("app", "cat /data/file") == "reports of 1999\nmore"
 
 
-def test_a_claim_takes_the_smallest_volume_that_fits(namespace: Namespace) -> None:
-    sizes = {"5Gi": "small", "20Gi": "reports", "80Gi": "large"}
-    namespace.apply(*(static_volume(f"pv-{size.lower()}", name, size) for size, name in sizes.items()))
+def test_claims_take_the_smallest_volume_that_fits_or_what_they_select(namespace: Namespace) -> None:
+    namespace.apply_example("static-sizes.yaml")
 
-    namespace.apply(claim("data", "10Gi", storage_class=""))
-
-    namespace.wait_until_phase("persistentvolumeclaim", "data", "Bound")
-    assert namespace.volume_of("data")["metadata"]["name"] == "pv-20gi"
+    for name, volume in (("ten", "pv-20"), ("old", "pv-80")):
+        namespace.wait_until_phase("persistentvolumeclaim", name, "Bound")
+        assert namespace.volume_of(name)["metadata"]["name"] == volume
+    assert namespace.get("persistentvolume", "pv-5")["status"]["phase"] == "Available"
 
 
 def test_labels_and_class_choose_the_volume(namespace: Namespace) -> None:
