@@ -118,7 +118,10 @@ filesystem, on the node, whenever they do; one that must be mounted is looked at
 {{- if and $pool.mounted (eq (dir $pool.root) "/") }}
 {{- fail (printf "shared.pools.%s: root of a pool that must be mounted must lie in another directory than /" $name) }}
 {{- end }}
-{{- $path := $pool.mounted | ternary (dir $pool.root) $pool.root }}
+{{- $path := $pool.root }}
+{{- if $pool.mounted }}
+{{- $path = dir $pool.root }}
+{{- end }}
 {{- if not (hasKey $paths $path) }}
 {{- $_ := set $paths $path (printf "pool-%s" $name) }}
 {{- end }}
