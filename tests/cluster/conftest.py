@@ -22,7 +22,7 @@ def cluster() -> None:
     if not layout.KUBECONFIG.exists():
         unavailable("no cluster: `make test-cluster` starts one")
     try:
-        kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=60s")
+        kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=180s")
     except KubectlFailed as error:
         unavailable(f"the driver is not in the cluster: {error}")
     kubectl("apply", f"--filename={EXAMPLES / 'storageclass-csi-disk.yaml'}")
@@ -40,6 +40,6 @@ def namespace(cluster: None) -> Iterator[Namespace]:
     wait_until(
         lambda: traces.of_all_nodes() <= before,
         "volumes, loop devices and mounts of the test to be gone",
-        timeout_s=60,
+        timeout_s=240,
         tell=lambda: "\n".join(sorted(traces.of_all_nodes() - before)),
     )

@@ -26,7 +26,7 @@ class KubectlFailed(Exception):
     """kubectl said no; the message is what it said."""
 
 
-def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
+def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = 300) -> str:
     done = subprocess.run(
         ["kubectl", *arguments],
         input=stdin,
@@ -47,7 +47,7 @@ def apply(*manifests: Manifest) -> None:
 
 
 def wait_until(
-    is_so: Callable[[], bool], what: str, timeout_s: float = 60, tell: Callable[[], str] = str
+    is_so: Callable[[], bool], what: str, timeout_s: float = 180, tell: Callable[[], str] = str
 ) -> None:
     """Wait for `is_so`; when it does not come, fail with what `tell` has to say."""
     deadline = time.monotonic() + timeout_s
@@ -86,12 +86,12 @@ class Namespace:
         return self.kubectl("get", kind, name, "--ignore-not-found", "--output=name") != ""
 
     def delete(self, kind: str, name: str) -> None:
-        self.kubectl("delete", kind, name, "--grace-period=1", "--wait", "--timeout=90s")
+        self.kubectl("delete", kind, name, "--grace-period=1", "--wait", "--timeout=240s")
 
     def clear(self) -> None:
         """Delete all that uses volumes, and wait for it; quicker than to wait for the namespace itself to go."""
         kinds = "deployments,statefulsets,daemonsets,jobs,pods,volumesnapshots,persistentvolumeclaims"
-        self.kubectl("delete", kinds, "--all", "--grace-period=1", "--wait", "--timeout=90s")
+        self.kubectl("delete", kinds, "--all", "--grace-period=1", "--wait", "--timeout=240s")
 
     def shell(self, pod: str, script: str, container: str | None = None) -> str:
         """Run a script in the pod; raises with its words if it fails."""
@@ -106,22 +106,22 @@ class Namespace:
             return str(error)
         raise AssertionError(f"this should have been refused in pod {pod}: {script}")
 
-    def wait_until_running(self, pod: str, timeout_s: float = 60) -> None:
+    def wait_until_running(self, pod: str, timeout_s: float = 180) -> None:
         wait_until(lambda: self._is_ready(pod), f"pod {pod} to run", timeout_s, self.story)
 
-    def wait_until_phase(self, kind: str, name: str, phase: str, timeout_s: float = 60) -> None:
+    def wait_until_phase(self, kind: str, name: str, phase: str, timeout_s: float = 180) -> None:
         def is_so() -> bool:
             return bool(self.get(kind, name)["status"].get("phase") == phase)
 
         wait_until(is_so, f"{kind} {name} to be {phase}", timeout_s, self.story)
 
-    def wait_until_snapshot_is_ready(self, name: str, timeout_s: float = 60) -> None:
+    def wait_until_snapshot_is_ready(self, name: str, timeout_s: float = 180) -> None:
         def is_so() -> bool:
             return bool(self.get("volumesnapshot", name).get("status", {}).get("readyToUse"))
 
         wait_until(is_so, f"snapshot {name} to be ready", timeout_s, self.story)
 
-    def wait_for_event(self, name: str, words: str, timeout_s: float = 60) -> str:
+    def wait_for_event(self, name: str, words: str, timeout_s: float = 180) -> str:
         """The message of an event about the object `name` that contains `words`."""
         found: list[str] = []
 

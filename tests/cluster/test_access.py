@@ -19,7 +19,7 @@ def test_read_write_once_pod_refuses_the_second_pod(namespace: Namespace) -> Non
 
 def test_pods_of_one_node_share_a_read_write_many_volume(namespace: Namespace) -> None:
     namespace.apply_example("read-write-many.yaml")
-    namespace.kubectl("rollout", "status", "deployment/common", "--timeout=60s")
+    namespace.kubectl("rollout", "status", "deployment/common", "--timeout=180s")
 
     writers = namespace.kubectl("exec", "deployment/common", "--", "cat", "/data/writers").split()
 

@@ -47,7 +47,7 @@ def test_kubelet_tells_the_volumes_numbers(namespace: Namespace) -> None:
         return {name: float(value) for name, value in found}
 
     kube.wait_until(
-        lambda: numbers().get("used_bytes", 0) >= 200 * 2**20, "kubelet to have looked", timeout_s=150
+        lambda: numbers().get("used_bytes", 0) >= 200 * 2**20, "kubelet to have looked", timeout_s=240
     )
     capacity, used, available = seen
     assert numbers()["capacity_bytes"] == capacity

@@ -85,7 +85,7 @@ def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(name
     namespace.wait_until_running("writer")
     homes = traces.of_all_nodes()
 
-    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=90s")
+    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=240s")
     lines = int(namespace.shell("writer", "wc -l < /data/log"))
     kube.wait_until(
         lambda: int(namespace.shell("writer", "wc -l < /data/log")) > lines, "the pod to write on"
@@ -96,7 +96,7 @@ def test_uninstalling_leaves_pods_and_data_alone_and_installing_adopts_them(name
     deploy.wait()
     namespace.delete("pod", "writer")
     namespace.apply(pod("reader", {"/data": "data"}))
-    namespace.wait_until_running("reader", timeout_s=120)
+    namespace.wait_until_running("reader", timeout_s=240)
     assert int(namespace.shell("reader", "wc -l < /data/log")) > lines
 
 
@@ -127,7 +127,7 @@ def test_helm_test_asks_every_nodes_doctor(installed: None) -> None:
     deploy.install()
     deploy.wait()
 
-    said = run("helm", "test", "orlop", "--namespace", deploy.NAMESPACE, "--timeout=90s", "--logs")
+    said = run("helm", "test", "orlop", "--namespace", deploy.NAMESPACE, "--timeout=240s", "--logs")
 
     assert said.count("Phase:          Succeeded") == 2
 
@@ -154,7 +154,7 @@ def standard_class(default: bool) -> Manifest:
 @pytest.fixture
 def minikube(namespace: Namespace) -> Iterator[None]:
     """Orlop as minikube's users install it, with one command, in a cluster that has a default class already."""
-    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=90s")
+    run("helm", "uninstall", "orlop", "--namespace", deploy.NAMESPACE, "--wait", "--timeout=240s")
     manifests = run("kubectl", "kustomize", MINIKUBE)
     name_image(next(word for word in manifests.split() if word.startswith("ghcr.io/")))
     kube.apply(standard_class(default=True))
@@ -165,7 +165,7 @@ def minikube(namespace: Namespace) -> Iterator[None]:
     kube.wait_until(
         lambda: kube.kubectl("get", "persistentvolumes", "--output=name") == "", "the volumes to go"
     )
-    run("kubectl", "delete", "--kustomize", MINIKUBE, "--timeout=90s")
+    run("kubectl", "delete", "--kustomize", MINIKUBE, "--timeout=240s")
     kube.kubectl("delete", "storageclass", "standard")
     for one in layout.existing_nodes():
         end_managed_pool(one)
@@ -230,7 +230,7 @@ def test_minikube_stop_and_start_lie_between_writing_and_reading(
         kube.wait_until(
             lambda one=one: reads(namespace, one.name) == f"of {one.name}",  # type: ignore[misc]
             f"pod {one.name} to read what it wrote",
-            timeout_s=180,
+            timeout_s=240,
             tell=namespace.story,
         )
     deploy.wait()
@@ -239,7 +239,7 @@ def test_minikube_stop_and_start_lie_between_writing_and_reading(
         namespace.apply(pod(one.name, {"/data": one.name}), of_the_default_class(f"more-{one.name}"))
         namespace.apply(pod(f"more-{one.name}", {"/data": f"more-{one.name}"}))
         for name in (one.name, f"more-{one.name}"):
-            namespace.wait_until_running(name, timeout_s=90)
+            namespace.wait_until_running(name, timeout_s=240)
         assert reads(namespace, one.name) == f"of {one.name}"
 
 

@@ -23,7 +23,7 @@ def driver_pod(on: str) -> str:
 
 
 def wait_for_driver() -> None:
-    kube.kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=120s")
+    kube.kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=240s")
 
 
 def writing_pod(namespace: Namespace, on: str) -> None:
@@ -43,7 +43,7 @@ def writes_on(namespace: Namespace) -> None:
 
 def test_a_daemon_set_gets_a_volume_on_each_node(namespace: Namespace) -> None:
     namespace.apply_example("daemonset.yaml")
-    namespace.kubectl("rollout", "status", "daemonset/cache", "--timeout=90s")
+    namespace.kubectl("rollout", "status", "daemonset/cache", "--timeout=240s")
 
     pods = namespace.select("pods", "app=cache")
 
@@ -71,13 +71,13 @@ def test_a_restarted_node_agent_is_not_noticed_by_a_pod(namespace: Namespace, pr
     assert node.kill(Node(2), f"^{program} ") == 1
     time.sleep(5)
 
-    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=60s")
+    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=180s")
     kube.wait_until(lambda: answers(namespace), "exec to work again")
     writes_on(namespace)
     namespace.apply(
         claim("later"), pod("later", {"/data": "later"}, nodeSelector={"kubernetes.io/hostname": "node2"})
     )
-    namespace.wait_until_running("later", timeout_s=120)
+    namespace.wait_until_running("later", timeout_s=240)
 
 
 def answers(namespace: Namespace) -> bool:
@@ -93,13 +93,13 @@ def test_a_drained_nodes_volume_waits_for_it(namespace: Namespace) -> None:
     namespace.wait_until_running("db-0")
     home = namespace.node_of("db-0")
 
-    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s")
+    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s")
     try:
         namespace.wait_for_event("db-0", "0/2 nodes are available")
     finally:
         kube.kubectl("uncordon", home)
 
-    namespace.wait_until_running("db-0", timeout_s=120)
+    namespace.wait_until_running("db-0", timeout_s=240)
     assert namespace.node_of("db-0") == home
     assert namespace.shell("db-0", "cat /data/name") == "db-0"
 
@@ -110,9 +110,9 @@ def test_after_a_power_cut_the_pod_comes_back_with_its_data(namespace: Namespace
 
     cluster.power_cut(Node(2))
 
-    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=120s")
+    kube.kubectl("wait", "--for=condition=Ready", "node/node2", "--timeout=240s")
     wait_for_driver()
-    kube.wait_until(lambda: answers(namespace), "the pod to run again", timeout_s=180, tell=namespace.story)
+    kube.wait_until(lambda: answers(namespace), "the pod to run again", timeout_s=240, tell=namespace.story)
     assert namespace.shell("writer", "cat /data/file") == "precious"
 
 

@@ -36,7 +36,7 @@ def reports(namespace: Namespace) -> Iterator[None]:
     yield
     namespace.clear()
     for name in ("shared-directory", "readers"):
-        kube.kubectl("delete", "persistentvolume", name, "--ignore-not-found", "--timeout=30s")
+        kube.kubectl("delete", "persistentvolume", name, "--ignore-not-found", "--timeout=180s")
     node.execute(Node(1), "rm", "--recursive", f"{ROOT}/reports")
 
 
@@ -64,7 +64,7 @@ def replicas(name: str, command: str) -> Manifest:
 
 def names_by_node(namespace: Namespace, app: str) -> dict[str, str]:
     """The running pods of a Deployment, by their nodes."""
-    namespace.kubectl("rollout", "status", f"deployment/{app}", "--timeout=90s")
+    namespace.kubectl("rollout", "status", f"deployment/{app}", "--timeout=240s")
     pods = namespace.select("pods", f"app={app}")
     return {one["spec"]["nodeName"]: one["metadata"]["name"] for one in pods}
 
@@ -108,9 +108,9 @@ def test_a_replica_moves_to_the_other_node_with_its_volume(namespace: Namespace)
     namespace.shell("db-0", "echo before the move >> /data/name; sync")
     home = namespace.node_of("db-0")
 
-    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s")
+    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s")
     try:
-        namespace.wait_until_running("db-0", timeout_s=120)
+        namespace.wait_until_running("db-0", timeout_s=240)
         assert namespace.node_of("db-0") != home
         assert namespace.shell("db-0", "cat /data/name") == "db-0\nbefore the move"
     finally:
@@ -149,7 +149,7 @@ def test_what_a_released_volume_kept_is_taken_over_on_the_other_node(namespace: 
     namespace.delete("pod", "first")
     namespace.delete("persistentvolumeclaim", "first")
     namespace.wait_until_phase("persistentvolume", name, "Released")
-    kube.kubectl("delete", "persistentvolume", name, "--timeout=30s")
+    kube.kubectl("delete", "persistentvolume", name, "--timeout=180s")
     # With Delete this time: the volume ends with the claim that has taken it over.
     namespace.apply(volume_over(f"{name}-again", csi, policy="Delete"))
     namespace.apply(
@@ -170,7 +170,7 @@ def test_a_directory_of_long_ago_serves_replicas_on_two_nodes(namespace: Namespa
     for name in pods.values():
         assert namespace.shell(name, "cat /data/file") == "of 1999"
         assert sorted(namespace.shell(name, "cat /data/writers").split()) == sorted(pods.values())
-    namespace.kubectl("delete", "deployment", "shared-directory", "--timeout=60s")
+    namespace.kubectl("delete", "deployment", "shared-directory", "--timeout=180s")
     namespace.delete("persistentvolumeclaim", "shared-directory")
     namespace.wait_until_phase("persistentvolume", "shared-directory", "Released")
     assert node.execute(Node(2), "cat", f"{ROOT}/reports/file") == "of 1999\n"

@@ -42,7 +42,7 @@ def take(namespace: Namespace, name: str) -> None:
 def read(namespace: Namespace, name: str, **wanted: object) -> str:
     """What a new pod finds in the claim `name`, made as `wanted` says. Both nodes may try, again and again, to make it."""
     namespace.apply(claim(name, **wanted), pod(name, {"/data": name}))  # type: ignore[arg-type]
-    namespace.wait_until_running(name, timeout_s=150)
+    namespace.wait_until_running(name, timeout_s=240)
     return namespace.shell(name, "cat /data/file")
 
 
@@ -126,7 +126,7 @@ def test_a_retained_snapshot_stays_until_its_content_is_deleted(namespace: Names
 
     release = '{"spec": {"deletionPolicy": "Delete"}}'
     kube.kubectl("patch", "volumesnapshotcontent", content, "--type=merge", f"--patch={release}")
-    kube.kubectl("delete", "volumesnapshotcontent", content, "--timeout=60s")
+    kube.kubectl("delete", "volumesnapshotcontent", content, "--timeout=180s")
     kube.wait_until(
         lambda: not any(handle in trace for trace in traces.of_all_nodes()), "the snapshot to be gone"
     )
@@ -143,7 +143,7 @@ def test_the_examples_of_snapshot_restore_and_clone_work(namespace: Namespace) -
     namespace.apply_example("clone.yaml")
 
     for name in ("restored", "clone"):
-        namespace.wait_until_running(name, timeout_s=150)
+        namespace.wait_until_running(name, timeout_s=240)
         assert namespace.shell(name, "cat /data/log") == "started"
 
 

@@ -56,7 +56,7 @@ def directories(namespace: Namespace) -> Iterator[None]:
     namespace.clear()
     volumes = json.loads(kube.kubectl("get", "persistentvolumes", "--output=json"))["items"]
     for name in (one["metadata"]["name"] for one in volumes if ROOT in json.dumps(one["spec"])):
-        kube.kubectl("delete", "persistentvolume", name, "--timeout=30s")
+        kube.kubectl("delete", "persistentvolume", name, "--timeout=180s")
     node.execute(Node(1), "rm", "-r", ROOT)
 
 

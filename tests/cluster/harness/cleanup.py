@@ -81,7 +81,7 @@ def _remove_cgroup(group: Path) -> None:
         _try_rmdir(group.parent)
         return not group.exists()
 
-    processes.wait_until(removed, f"the control group {group} to be empty", timeout_s=20)
+    processes.wait_until(removed, f"the control group {group} to be empty", timeout_s=240)
 
 
 def _try_rmdir(directory: Path) -> None:

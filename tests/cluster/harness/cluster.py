@@ -71,7 +71,7 @@ def start_again() -> None:
     control_plane.wait_for_api()
     control_plane.start_controllers()
     _for_all(nodes, node.allow_kubelet)
-    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=120)
+    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=240)
 
 
 def power_cut(one: Node) -> None:
@@ -130,8 +130,8 @@ def _start(nodes: list[Node], archives: list[Path]) -> None:
     control_plane.start_controllers()
     say("API server ready, controllers started")
     _for_all(nodes, node.allow_kubelet)
-    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=120)
-    processes.wait_until(_has_default_account, "the default service account", timeout_s=60)
+    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=240)
+    processes.wait_until(_has_default_account, "the default service account", timeout_s=240)
     say("nodes Ready")
 
 

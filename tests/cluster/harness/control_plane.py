@@ -25,7 +25,7 @@ def start_api() -> None:
 
 
 def wait_for_api() -> None:
-    processes.wait_until(_api_is_ready, "the API server to be ready", timeout_s=120)
+    processes.wait_until(_api_is_ready, "the API server to be ready", timeout_s=240)
 
 
 def start_controllers() -> None:

@@ -36,7 +36,7 @@ def install_snapshot_controller() -> None:
         f"crd/{file.stem.partition('_')[2]}.{file.name.partition('_')[0]}"
         for file in programs.snapshot_crds().iterdir()
     ]
-    run("kubectl", "wait", "--for=condition=Established", "--timeout=30s", *definitions)
+    run("kubectl", "wait", "--for=condition=Established", "--timeout=180s", *definitions)
     run("kubectl", "apply", "--filename", SNAPSHOT_CONTROLLER)
 
 
@@ -58,7 +58,7 @@ def wait(*further: str) -> None:
     workloads = [(NAMESPACE, workload) for workload in own]
     for namespace, workload in [*workloads, ("kube-system", "deployment/snapshot-controller")]:
         try:
-            run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=60s")
+            run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=180s")
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{logs()}") from error
 

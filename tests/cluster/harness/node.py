@@ -31,7 +31,7 @@ def start(node: Node) -> None:
         node.name, [*_enter_new_namespaces(node), NODE_INIT, *_init_arguments(node), *disks]
     )
     processes.remember(f"{node.name}-init", _wait_for_child(parent))
-    processes.wait_until(lambda: _containerd_answers(node), f"containerd of {node.name}", timeout_s=60)
+    processes.wait_until(lambda: _containerd_answers(node), f"containerd of {node.name}", timeout_s=240)
 
 
 def shared_device() -> str:
@@ -53,7 +53,7 @@ def stop_agents(node: Node) -> None:
     while _tasks(node) and time.monotonic() < deadline:
         time.sleep(0.2)
     _end_containers(node, "SIGKILL")
-    processes.wait_until(lambda: not _tasks(node), f"the containers of {node.name} to end", timeout_s=30)
+    processes.wait_until(lambda: not _tasks(node), f"the containers of {node.name} to end", timeout_s=240)
 
 
 def _end_containers(node: Node, signal: str) -> None:
@@ -143,7 +143,9 @@ def _init_arguments(node: Node) -> list[str]:
 
 def _wait_for_child(parent: int) -> int:
     children = Path(f"/proc/{parent}/task/{parent}/children")
-    processes.wait_until(lambda: bool(children.read_text().strip()), "the node's first process", timeout_s=10)
+    processes.wait_until(
+        lambda: bool(children.read_text().strip()), "the node's first process", timeout_s=240
+    )
     return int(children.read_text().split()[0])
 
 

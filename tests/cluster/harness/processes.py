@@ -70,7 +70,7 @@ def kill(name: str) -> None:
     pid = find(name)
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: find(name) is None, f"{name} (pid {pid}) to end", timeout_s=30)
+        wait_until(lambda: find(name) is None, f"{name} (pid {pid}) to end", timeout_s=240)
     (layout.PIDS / name).unlink(missing_ok=True)
 
 
