@@ -138,7 +138,7 @@ def test_readers_on_two_nodes_cannot_write(namespace: Namespace, reports: None) 
 
 def test_what_a_released_volume_kept_is_taken_over_on_the_other_node(namespace: Namespace) -> None:
     namespace.apply(
-        claim("first", "5Gi", "everywhere-kept", accessModes=["ReadWriteMany"]),
+        claim("first", "1Gi", "everywhere-kept", accessModes=["ReadWriteMany"]),
         pod("first", {"/data": "first"}, nodeSelector=on("node1")),
     )
     namespace.wait_until_running("first")

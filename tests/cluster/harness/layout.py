@@ -55,7 +55,7 @@ DISKS = (
 )
 
 # One for all nodes, which have it mounted at the same path: what a cluster filesystem is to real ones.
-SHARED_DISK = Disk("shared", "ext4", "4G", "/data/team")
+SHARED_DISK = Disk("shared", "ext4", "16G", "/data/team")
 SHARED_IMAGE = ROOT / "disk-shared.img"
 
 
