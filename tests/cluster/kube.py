@@ -195,8 +195,8 @@ def pod(
     return _object("v1", "Pod", name, spec=wanted | spec)
 
 
-def snapshot(name: str, of: str) -> Manifest:
-    wanted = {"volumeSnapshotClassName": "orlop", "source": {"persistentVolumeClaimName": of}}
+def snapshot(name: str, of: str, snapshot_class: str = "orlop") -> Manifest:
+    wanted = {"volumeSnapshotClassName": snapshot_class, "source": {"persistentVolumeClaimName": of}}
     return _object("snapshot.storage.k8s.io/v1", "VolumeSnapshot", name, spec=wanted)
 
 

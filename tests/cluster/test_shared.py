@@ -12,7 +12,7 @@ import yaml
 from tests.cluster import kube
 from tests.cluster.harness import deploy, layout, node
 from tests.cluster.harness.layout import Node
-from tests.cluster.kube import EXAMPLES, Manifest, Namespace, claim, pod
+from tests.cluster.kube import EXAMPLES, Manifest, Namespace, claim, from_snapshot, pod, snapshot
 
 DRIVER = "shared.orlop.dev"
 NODES = ("node1", "node2")
@@ -174,6 +174,27 @@ def test_a_directory_of_long_ago_serves_replicas_on_two_nodes(namespace: Namespa
     namespace.delete("persistentvolumeclaim", "shared-directory")
     namespace.wait_until_phase("persistentvolume", "shared-directory", "Released")
     assert node.execute(Node(2), "cat", f"{ROOT}/reports/file") == "of 1999\n"
+
+
+def test_a_snapshot_of_a_volume_is_restored_for_the_other_node(namespace: Namespace) -> None:
+    namespace.apply(
+        claim("data", "1Gi", "everywhere", accessModes=["ReadWriteMany"]),
+        pod("app", {"/data": "data"}, nodeSelector=on("node1")),
+    )
+    namespace.wait_until_running("app")
+    namespace.shell("app", "echo before > /data/file; sync")
+    namespace.apply(snapshot("moment", of="data", snapshot_class="orlop-shared"))
+    namespace.wait_until_snapshot_is_ready("moment")
+    namespace.shell("app", "echo after > /data/file; sync")
+
+    source = from_snapshot("moment")
+    namespace.apply(
+        claim("restored", "1Gi", "everywhere", accessModes=["ReadWriteMany"], dataSource=source),
+        pod("reader", {"/data": "restored"}, nodeSelector=on("node2")),
+    )
+    namespace.wait_until_running("reader")
+
+    assert namespace.shell("reader", "cat /data/file") == "before"
 
 
 def test_one_pod_has_a_volume_of_each_driver(namespace: Namespace) -> None:

@@ -306,6 +306,27 @@ def test_no_object_grants_a_wildcard_or_secrets(values: tuple[str, ...], count: 
         for rule in role["rules"]:
             assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"]
             assert "secrets" not in rule["resources"]
+            # Each node's provisioner knows its own node from the driver, and the shared driver has no topology.
+            assert not {"nodes", "csinodes"} & set(rule["resources"])
+
+
+@pytest.mark.parametrize(("name", "values"), [("node", ()), ("shared-controller", SHARED)])
+def test_the_snapshotter_may_read_all_that_it_waits_for_at_its_start(
+    name: str, values: tuple[str, ...]
+) -> None:
+    """One kind that it must not list, and it takes no snapshot at all."""
+    rules = chart(*values, "snapshots.enabled=true")["ClusterRole", f"orlop-{name}"]["rules"]
+
+    readable = {
+        kind for rule in rules if {"list", "watch"} <= set(rule["verbs"]) for kind in rule["resources"]
+    }
+
+    kinds = {
+        f"{kind}{what}"
+        for kind in ("volumesnapshot", "volumegroupsnapshot")
+        for what in ("contents", "classes")
+    }
+    assert kinds <= readable
 
 
 def test_every_right_says_who_needs_it() -> None:
