@@ -16,7 +16,7 @@ cluster-deploy: cluster  ## build the driver's image and install it in the clust
 
 .PHONY: test-cluster
 test-cluster: venv cluster-deploy  ## every way a user meets a volume, in a real cluster; logs are shown on failure
-	@.venv/bin/pytest -m cluster $(ARGS) || { tests/cluster/cluster logs; exit 1; }
+	@.venv/bin/pytest -m "cluster and not lab" $(ARGS) || { tests/cluster/cluster logs; exit 1; }
 
 .PHONY: bench-cluster
 bench-cluster: CLUSTER_NODES = 1

@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.cluster.harness import cluster, deploy, layout, node, processes
+from tests.cluster.harness import cluster, deploy, driver_image, layout, node, processes
 from tests.cluster.harness.layout import Node
 
 
@@ -22,6 +22,9 @@ def parse_arguments() -> argparse.Namespace:
     verbs.add_parser("status", help="say how it is and how to use it")
     verbs.add_parser("logs", help="the end of every component's log")
     verbs.add_parser("deploy", help="build the driver's image, load it and install the chart")
+    verbs.add_parser("image", help="build the driver's image into the cache, for another day").add_argument(
+        "name"
+    )
     verbs.add_parser("load", help="load image archives").add_argument("archive", type=Path, nargs="+")
     verbs.add_parser("power-cut", help="cut a node's power and start it again").add_argument("node", type=int)
     verbs.add_parser(
@@ -50,6 +53,8 @@ def main() -> None:
             print(cluster.tails(lines=40))
         case "deploy":
             deploy.deploy()
+        case "image":
+            driver_image.build(arguments.name)
         case "load":
             cluster.load(arguments.archive)
         case "power-cut":

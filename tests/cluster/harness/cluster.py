@@ -34,11 +34,38 @@ def up(count: int) -> None:
         return print(usage())
     cleanup.remove_all()  # what a crash or another size of cluster left
     try:
-        _start([Node(number) for number in range(1, count + 1)], archives)
+        start([Node(number) for number in range(1, count + 1)], archives)
     except BaseException:
         print(tails())
         raise
     print(usage())
+
+
+def start(nodes: list[Node], archives: list[Path]) -> None:
+    """Start what is not there at all, with these images on every node."""
+    begin = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - begin:5.1f} s  {what}", flush=True)
+
+    layout.ROOT.mkdir(parents=True)
+    cleanup.remember_machine()
+    certificates.make_all(nodes)
+    control_plane.start_network()
+    control_plane.start_api()
+    _make_shared_disk()
+    say("etcd and API server started")
+    _for_all(nodes, node.start)
+    say(f"{len(nodes)} node(s) with containerd started")
+    load(archives)
+    say(f"{len(archives)} images loaded")
+    control_plane.wait_for_api()
+    control_plane.start_controllers()
+    say("API server ready, controllers started")
+    _for_all(nodes, node.allow_kubelet)
+    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=240)
+    processes.wait_until(_has_default_account, "the default service account", timeout_s=240)
+    say("nodes Ready")
 
 
 def down() -> None:
@@ -107,32 +134,6 @@ def tails(lines: int = 15) -> str:
         end = "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
         parts.append(f"==> {file}\n{end}\n")
     return "\n".join(parts)
-
-
-def _start(nodes: list[Node], archives: list[Path]) -> None:
-    begin = time.monotonic()
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - begin:5.1f} s  {what}", flush=True)
-
-    layout.ROOT.mkdir(parents=True)
-    cleanup.remember_machine()
-    certificates.make_all(nodes)
-    control_plane.start_network()
-    control_plane.start_api()
-    _make_shared_disk()
-    say("etcd and API server started")
-    _for_all(nodes, node.start)
-    say(f"{len(nodes)} node(s) with containerd started")
-    load(archives)
-    say(f"{len(archives)} images loaded")
-    control_plane.wait_for_api()
-    control_plane.start_controllers()
-    say("API server ready, controllers started")
-    _for_all(nodes, node.allow_kubelet)
-    processes.wait_until(lambda: all(map(_is_ready, nodes)), "the nodes to be Ready", timeout_s=240)
-    processes.wait_until(_has_default_account, "the default service account", timeout_s=240)
-    say("nodes Ready")
 
 
 def _make_shared_disk() -> None:

@@ -18,15 +18,19 @@ NAMESPACE = "orlop"
 def deploy() -> None:
     """Install the driver, or replace the one that is there by what the working tree has now."""
     cluster.load([driver_image.build(IMAGE)])
-    if run("kubectl", "get", "namespace", NAMESPACE, "--ignore-not-found") == "":
-        run("kubectl", "create", "namespace", NAMESPACE)
-        run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
+    make_namespace()
     install_snapshot_controller()
     install()
     # The image's name is the same each time: a new one is taken up by a new pod only.
     run("kubectl", "--namespace", NAMESPACE, "rollout", "restart", "daemonset/orlop-node")
     wait()
     print("the driver serves on every node", flush=True)
+
+
+def make_namespace() -> None:
+    if run("kubectl", "get", "namespace", NAMESPACE, "--ignore-not-found") == "":
+        run("kubectl", "create", "namespace", NAMESPACE)
+        run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
 
 
 def install_snapshot_controller() -> None:

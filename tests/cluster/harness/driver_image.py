@@ -54,11 +54,16 @@ def build(name: str, source: Path = REPOSITORY, version: str = "dev") -> Path:
     options = ["--layers", "--network", "host", "--pull-never", "--tag", name]
     options += ["--build-arg", f"VERSION={version}"]
     _buildah("bud", *options, os.fspath(source), log="build-image.log")
-    archive = programs.cache_directory() / "images" / f"driver-{name.rpartition(':')[2]}.tar"
-    archive.parent.mkdir(exist_ok=True)
-    archive.unlink(missing_ok=True)
-    _buildah("push", "--quiet", name, f"docker-archive:{archive}:{name}")
-    return archive
+    result = archive(name)
+    result.parent.mkdir(exist_ok=True)
+    result.unlink(missing_ok=True)
+    _buildah("push", "--quiet", name, f"docker-archive:{result}:{name}")
+    return result
+
+
+def archive(name: str) -> Path:
+    """Where `build` leaves the image `name`."""
+    return programs.cache_directory() / "images" / f"driver-{name.rpartition(':')[2]}.tar"
 
 
 def _base_image_name() -> str:

@@ -25,8 +25,7 @@ def start(node: Node) -> None:
     disks = [_make_disk(node, disk) for disk in layout.DISKS]
     disks.append(f"{shared_device()}={layout.SHARED_DISK.mount_point}")
     _connect(node)
-    for group in cgroup_directories(node):
-        group.mkdir(parents=True, exist_ok=True)  # kubelet's cgroupRoot must exist in every hierarchy
+    _make_cgroups(node)
     parent = processes.start(
         node.name, [*_enter_new_namespaces(node), NODE_INIT, *_init_arguments(node), *disks]
     )
@@ -124,6 +123,17 @@ def cgroup_directories(node: Node) -> list[Path]:
     if (top / "cgroup.controllers").exists():  # cgroup v2
         return [top / layout.CGROUP / node.name]
     return [path.parent / layout.CGROUP / node.name for path in top.glob("*/cgroup.procs")]
+
+
+def _make_cgroups(node: Node) -> None:
+    """kubelet's cgroupRoot, which must exist in every hierarchy."""
+    for group in cgroup_directories(node):
+        group.mkdir(parents=True, exist_ok=True)
+        controllers = group.parents[1] / "cgroup.controllers"
+        if controllers.exists():  # cgroup v2: a group has what those above it hand down
+            wanted = " ".join(f"+{name}" for name in controllers.read_text().split())
+            for above in (group.parents[1], group.parent):
+                (above / "cgroup.subtree_control").write_text(wanted)
 
 
 def _enter_new_namespaces(node: Node) -> list[str]:

@@ -76,10 +76,14 @@ def kill(name: str) -> None:
 
 def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not is_so():
+    while True:
+        asked = time.monotonic()
+        if is_so():
+            return
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.1)
+        # On a slow machine the asking itself would keep what is waited for from coming.
+        time.sleep(max(0.1, time.monotonic() - asked))
 
 
 def _start_time(pid: int) -> str | None:
