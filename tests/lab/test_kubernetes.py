@@ -16,7 +16,7 @@ from tests.cluster import kube, traces
 from tests.cluster.harness import cluster as kubernetes
 from tests.cluster.harness import deploy, driver_image, node
 from tests.cluster.harness.layout import Node
-from tests.cluster.kube import EXAMPLES, Manifest, Namespace, claim, pod
+from tests.cluster.kube import EXAMPLES, KubectlFailed, Manifest, Namespace, claim, pod
 from tests.lab.disks import Disk, run
 from tests.lab.hosts import KernelServer
 
@@ -33,7 +33,7 @@ PATIENCE_S = 240
 @pytest.fixture(scope="module")
 def server() -> Iterator[KernelServer]:
     """A NAS: it has a directory of long ago, `old`, and `pool`, where a pool is to be."""
-    disk = Disk.make("xfs", Path("/export-disk"), "2G")
+    disk = Disk.make("xfs", Path("/export-disk"), "16G")
     disk.mount()
     for name in ("old", "pool"):
         (disk.target / "share" / name).mkdir(parents=True)
@@ -113,6 +113,16 @@ def patiently(*arguments: str) -> str:
     return kube.kubectl(*arguments, f"--timeout={PATIENCE_S}s", timeout_s=PATIENCE_S + 30)
 
 
+def wait(namespace: Namespace, *arguments: str) -> None:
+    """Let kubectl wait; if in vain, tell what a user would look at, and what the driver said."""
+    try:
+        patiently(f"--namespace={namespace.name}", *arguments)
+    except KubectlFailed as error:
+        objects = namespace.kubectl("get", "pods,persistentvolumeclaims", "--output=wide")
+        events = namespace.kubectl("get", "events", "--sort-by=.lastTimestamp")
+        raise AssertionError(f"{error}\n{objects}\n{events}\n{deploy.logs(lines=60)}") from error
+
+
 def clear(namespace: Namespace) -> None:
     """Delete all that uses volumes, and wait for it."""
     kinds = "deployments,statefulsets,pods,persistentvolumeclaims"
@@ -148,12 +158,12 @@ def static_volume(name: str, server: KernelServer, mode: str) -> Manifest:
 
 def replicas_by_node(namespace: Namespace, deployment: str) -> dict[str, str]:
     """The pods of a deployment that has all of them ready, by their nodes."""
-    patiently(f"--namespace={namespace.name}", "rollout", "status", f"deployment/{deployment}")
+    wait(namespace, "rollout", "status", f"deployment/{deployment}")
     return {str(one["spec"]["nodeName"]): str(one["metadata"]["name"]) for one in namespace.select("pods")}
 
 
 def wait_for(namespace: Namespace, what: str, name: str) -> None:
-    patiently(f"--namespace={namespace.name}", "wait", f"--for={what}", name)
+    wait(namespace, "wait", f"--for={what}", name)
 
 
 def nfs_mounts(one: Node) -> list[str]:
