@@ -36,4 +36,4 @@ test-cluster-nfs: setup-test  ## pods on two nodes over an NFS server: the clust
 	@tests/cluster/cluster image localhost/orlop:nfs
 	@# In memory: containerd lays overlays there, and the root of that kernel is one itself.
 	@ORLOP_CLUSTER_DIR=/dev/shm/cluster $(BEFORE_OTHERS) tests/lab/run --or-skip --memory 8G -- \
-	    $(PYTEST) -m "lab and cluster" -p no:cacheprovider $(ARGS)
+	    $(PYTEST) -p no:cacheprovider tests/lab/test_kubernetes.py $(ARGS)
