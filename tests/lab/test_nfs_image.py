@@ -45,6 +45,19 @@ ALONE = used(Mode.SINGLE_NODE_SINGLE_WRITER)
 BLOCK = used(block=True)
 
 
+def created(driver: Driver, asked: pb.CreateVolumeRequest) -> pb.Volume:
+    """As the provisioner does: until it is made, or cannot be."""
+    for _ in range(60):
+        try:
+            return driver.controller.CreateVolume(asked, timeout=90).volume
+        except grpc.RpcError as error:
+            # It is being copied, or the pool is being opened.
+            if error.code() not in (grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE):
+                raise
+            time.sleep(0.5)
+    raise AssertionError("a volume takes too long to be made")
+
+
 @dataclass
 class Machine:
     """A node: its plugin, and where a volume is on it."""
@@ -146,14 +159,7 @@ class Scene:
             parameters=parameters,
             volume_content_source=source,
         )
-        for _ in range(30):
-            try:
-                return self.controller.controller.CreateVolume(asked, timeout=90).volume
-            except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.ABORTED:
-                    raise
-                time.sleep(0.5)  # it is being copied
-        raise AssertionError("a copy takes too long")
+        return created(self.controller, asked)
 
     def attach(self, volume: pb.Volume, machine: Machine) -> dict[str, str]:
         asked = pb.ControllerPublishVolumeRequest(
@@ -198,7 +204,7 @@ class Pair:
             capacity_range=pb.CapacityRange(required_bytes=64 * MIB),
             parameters={"pool": pool},
         )
-        return self.driver.controller.CreateVolume(asked, timeout=90).volume
+        return created(self.driver, asked)
 
 
 BOTH = pytest.mark.parametrize(
