@@ -103,6 +103,8 @@ class Controller:
             found = self._pools.find(volume_id)
             if found is None:
                 self._pools.check_foreign(volume_id)
+                # Where others have the pool too, no start removes what was half made.
+                self._pools.discard_leftover(volume_id)
                 return
             pool, home = found
             pool.delete(home)

@@ -291,6 +291,14 @@ class Pool:
             self.catalog.update(home, size_bytes=max(actual, size_bytes))
         return actual
 
+    def discard_leftover(self, made_id: str) -> None:
+        """Remove what a try of making this volume or snapshot has left, if anything.
+
+        Raises:
+            Aborted: it cannot be removed yet, or another driver that has the pool is making it.
+        """
+        self._builder.discard_leftover(made_id)
+
     def delete(self, home: Home, *, keep: bool = True) -> None:
         """Take a volume out of existence; its files go in the background, after the pool's retention if `keep`.
 

@@ -112,6 +112,16 @@ class Pools:
             f"where that pool is, or, when the pool is gone for good, add {parsed.tag!r} to retired_tags"
         )
 
+    def discard_leftover(self, made_id: str) -> None:
+        """For one that is to be deleted and is not here: remove what a try of making it has left, if anything.
+
+        Raises:
+            Aborted: it cannot be removed yet, or another driver that has the pool is making it.
+        """
+        pool = self.named_of(made_id)
+        if pool is not None:
+            pool.discard_leftover(made_id)
+
     def check_elsewhere(self, volume_id: str) -> None:
         """For a volume that is not here and is to be changed: a caller that asks everybody must not give up for us.
 

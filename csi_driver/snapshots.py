@@ -87,6 +87,8 @@ class Snapshots:
             found = self._pools.find_snapshot(snapshot_id)
             if found is None:
                 self._pools.check_foreign(snapshot_id)
+                # Where others have the pool too, no start removes what was half made.
+                self._pools.discard_leftover(snapshot_id)
                 return
             pool, home = found
             group = _group_of(pool, home)

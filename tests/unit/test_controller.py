@@ -108,6 +108,19 @@ def test_deleted_volume_is_gone_and_deleting_it_again_is_fine(rig: Rig) -> None:
     assert rig.pool.capacity().available_bytes == GIB
 
 
+def test_deleting_removes_what_a_failed_creation_left(rig: Rig) -> None:
+    volume_id, snapshot_id = rig.pool.id_of("a"), rig.pool.snapshot_id_of("a")
+    staging = rig.pool.catalog.root / "staging"
+    for left in (volume_id, snapshot_id):
+        (staging / left / "data").mkdir(parents=True)
+
+    rig.controller.delete_volume(volume_id)
+    assert [path.name for path in staging.iterdir()] == [snapshot_id]
+    rig.snapshots.delete(snapshot_id)
+
+    assert list(staging.iterdir()) == []
+
+
 @pytest.mark.parametrize("volume_id", ["", "nothing", "../../etc", "/", "a\0b", "x" * 5000, "p-1-2"])
 def test_deleting_what_never_was_is_fine(rig: Rig, volume_id: str) -> None:
     rig.controller.delete_volume(volume_id)
