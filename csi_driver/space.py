@@ -10,6 +10,7 @@ have deleted as much meanwhile.) Numbers only: what a promise is, and what a vol
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Space:
         self._promised = 0
         self._written = 0
         self._in_flight = 0
+        self._making: Counter[str] = Counter()
         self._base = 0
         self._returning = 0
         self._changes = 0
@@ -48,12 +50,14 @@ class Space:
     def adopt(self, shares: Mapping[str, tuple[int, int]], since: int | None = None) -> None:
         """Replace the ledger by what is there: name to (promised, written) bytes. Samples the base.
 
+        What is being made now is promised as before: who counted has not seen it.
         Not if it has changed `since` these were counted, or something is being made: what they say is old then.
         """
         with self._guard:
             if since is not None and (self._in_flight or since != self._changes):
                 return
-            self._shares = {name: _Share(max(share), share[1]) for name, share in shares.items()}
+            making = {name: share for name, share in self._shares.items() if self._making[name]}
+            self._shares = {name: _Share(max(share), share[1]) for name, share in shares.items()} | making
             self._promised = sum(share.promised for share in self._shares.values())
             self._written = sum(share.written for share in self._shares.values())
             self._sample()
@@ -89,16 +93,19 @@ class Space:
                     f"({self._reserved_bytes()} reserved, {self._promised} promised to other volumes)"
                 )
             self._in_flight += not lasting
+            self._making[name] += 1
             self._set(name, promised, before.written if before else 0)
         try:
             yield
         except BaseException:
             with self._guard:
                 self._in_flight -= not lasting
+                self._made(name)
                 self._set(name, before.promised, before.written) if before else self._drop(name)
             raise
         with self._guard:
             self._in_flight -= not lasting
+            self._made(name)
 
     def settle(self, name: str, written: int) -> None:
         """Say what a home has taken now that it is made (inside the body of `reserve`)."""
@@ -172,6 +179,11 @@ class Space:
         store = self._store()
         reserved = self._reserved.of(store.total_bytes)
         return max(0, min(self._base - self._promised, store.free_bytes) - reserved)
+
+    def _made(self, name: str) -> None:
+        self._making[name] -= 1
+        if not self._making[name]:
+            del self._making[name]
 
     def _sample_if_quiet(self) -> None:
         if not self._in_flight:

@@ -226,6 +226,22 @@ def test_adoption_counts_what_is_there() -> None:
     assert space.count() == 2
 
 
+@pytest.mark.parametrize("lasting", [False, True])
+def test_adoption_takes_nothing_from_what_is_being_made(lasting: bool) -> None:
+    # A pool on a server is adopted behind the first calls.
+    disk = Disk(homes={"a": 1000, "c": 500})
+    space = make_space(disk)
+
+    with space.reserve("b", 4000, 4000, lasting=lasting), space.reserve("c", 1500, 1000):
+        disk.homes["b"] = 3000
+        space.adopt({"a": (1000, 1000), "c": (500, 500)})
+        assert space.promised() == 1000 + 4000 + 1500
+        space.settle("b", 4000)
+    disk.homes["b"] = 4000
+    space.refresh(disk.homes)
+    assert space.promised() == 6500 and space.available() == TOTAL - 6500
+
+
 def test_exactly_those_that_fit_get_room_when_all_come_at_once() -> None:
     disk = Disk()
     space = make_space(disk)
