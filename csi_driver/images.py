@@ -164,9 +164,7 @@ class Images:
         devices = fence.find(volume_id, self._node_id)
         if not devices:
             return None
-        shown = _shown(devices, path)
-        if shown is None:
-            raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
+        shown = _get_shown(volume_id, devices, path)
         if shown.is_directory:
             usage = self._exports.keeper_of(devices[0]).call("usage", _LET_GO_S, path=os.fspath(path))[0]
             return Stats(**usage)
@@ -184,9 +182,7 @@ class Images:
         devices = fence.find(volume_id, self._node_id)
         if not devices:
             return None
-        shown = _shown(devices, path)
-        if shown is None:
-            raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
+        shown = _get_shown(volume_id, devices, path)
         grown_at = staging if _shown(devices, staging) is not None else path
         grown = self._exports.keeper_of(devices[0]).call(
             "grow_held",
@@ -399,6 +395,13 @@ def _check_single(request: PublishRequest, devices: Iterable[Held]) -> None:
 def _targets(held: Held) -> list[str]:
     files = [one.target for one in mount.mounts() if one.device == held.device]
     return files + [one.target for one in mount.mounts_of_device(held.path, held.device)]
+
+
+def _get_shown(volume_id: str, devices: Iterable[Held], path: Path) -> mount.Mounted:
+    shown = _shown(devices, path)
+    if shown is None:
+        raise NotFound(f"volume_path {os.fspath(path)!r}: volume {volume_id!r} is not published there")
+    return shown
 
 
 def _shown(devices: Iterable[Held], path: Path) -> mount.Mounted | None:

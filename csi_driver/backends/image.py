@@ -23,7 +23,6 @@ from csi_driver.catalog import Home
 from csi_driver.config import PoolConfig, read_options
 from csi_driver.errors import (
     ConfigurationError,
-    Error,
     FailedPrecondition,
 )
 from csi_driver.linux import copy, fiemap, files, filesystem, holes, loop, mount, run
@@ -172,10 +171,7 @@ class ImageBackend:
         """Nothing: the image goes with the home. A loop device still attached to it is a bug to be seen."""
 
     def size_bytes(self, home: Home) -> int:
-        try:
-            return self._stat(home).st_size
-        except FileNotFoundError as error:
-            raise Error(images.missing(home)) from error
+        return images.size_bytes(home)
 
     def grow(self, home: Home, size_bytes: int) -> int:
         fd = images.open_image(home, os.O_RDWR)
@@ -201,7 +197,7 @@ class ImageBackend:
             if shared and self._shares:
                 with Directory(home.open(PAYLOAD_IMAGE)) as image:
                     return fiemap.exclusive_bytes(image.fd)
-            return self._stat(home).st_blocks * 512
+            return images.stat(home).st_blocks * 512
         except FileNotFoundError:
             return 0  # died before its image was made
 
@@ -289,7 +285,7 @@ class ImageBackend:
         held = {}
         for home in homes:
             try:
-                image = self._stat(home)
+                image = images.stat(home)
             except FileNotFoundError:
                 continue
             path = backing.get((image.st_dev, image.st_ino))
@@ -299,7 +295,7 @@ class ImageBackend:
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
         try:
-            image = self._stat(home)
+            image = images.stat(home)
         except FileNotFoundError:
             return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", images.missing(home))]
         entries = []
@@ -317,9 +313,6 @@ class ImageBackend:
     def _preallocate(self, fd: int, start: int, end: int, *, thin: bool) -> None:
         if self._options.preallocate == "zeroed" and not thin:
             files.write_zeros(fd, start, end)
-
-    def _stat(self, home: Home) -> os.stat_result:
-        return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
 
     def _find_loop(self, fd: int, volume_id: str, *, readonly: bool) -> loop.Loop | None:
         """The loop device over the image. The number of the last one is a hint, which the kernel confirms."""

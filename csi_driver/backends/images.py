@@ -96,6 +96,23 @@ def open_image(home: Home, flags: int) -> int:
         raise Error(missing(home)) from error
 
 
+def stat(home: Home) -> os.stat_result:
+    """The image as the filesystem has it. FileNotFoundError if it is gone."""
+    return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
+
+
+def size_bytes(home: Home) -> int:
+    """How large the image is.
+
+    Raises:
+        Error: it is gone.
+    """
+    try:
+        return stat(home).st_size
+    except FileNotFoundError as error:
+        raise Error(missing(home)) from error
+
+
 def missing(home: Home) -> str:
     """The sentence for an image that is gone."""
     return f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing: restore it from a backup"

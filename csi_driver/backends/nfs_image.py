@@ -133,10 +133,7 @@ class NfsImageBackend:
         """Nothing: the image goes with the home."""
 
     def size_bytes(self, home: Home) -> int:
-        try:
-            return self._stat(home).st_size
-        except FileNotFoundError as error:
-            raise Error(images.missing(home)) from error
+        return images.size_bytes(home)
 
     def grow(self, home: Home, size_bytes: int) -> int:
         with Directory(images.open_image(home, os.O_RDWR)) as image:
@@ -152,7 +149,7 @@ class NfsImageBackend:
 
     def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         try:
-            return self._stat(home).st_blocks * 512
+            return images.stat(home).st_blocks * 512
         except FileNotFoundError:
             return 0  # died before its image was made
 
@@ -191,7 +188,7 @@ class NfsImageBackend:
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
         try:
-            image = self._stat(home)
+            image = images.stat(home)
         except FileNotFoundError:
             return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", images.missing(home))]
         if image.st_size < record.size_bytes:
@@ -201,9 +198,6 @@ class NfsImageBackend:
 
     def stats(self, home: Home, mounted: int) -> Stats:
         return directories.filesystem_stats(mounted)
-
-    def _stat(self, home: Home) -> os.stat_result:
-        return os.stat(f"{home.name}/{PAYLOAD_IMAGE}", dir_fd=home.area_fd, follow_symlinks=False)
 
 
 def in_use(home: Home) -> str:
