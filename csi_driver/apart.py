@@ -11,6 +11,7 @@ Both sides are this program: values go over as pickles, homes by their names, fo
 
 import io
 import logging
+import math
 import pickle
 import threading
 import time
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 WORKER: Final = "csi_driver.apart_worker"
 STORE_S: Final = 5.0
-"""How old the numbers of the store may get, where no size is enforced by them."""
+"""How old the numbers of the store may get, unless newer ones of a volume are put beside them."""
 
 DONE, FAILED, LATER, STEP = b"=", b"!", b"+", b"?"
 """How a child's message begins: a result, an exception, "not done yet", or the bytes that a copy is about to move."""
@@ -320,6 +321,14 @@ class ApartBackend:
     def finish(self, home: Home, spec: VolumeSpec) -> None:
         """By a child of its own: it may have much to write."""
         self._child.copy(Order("backend", "finish", (home, spec)), None)
+
+    def written_bytes(self, home: Home, *, shared: bool = False) -> int:
+        """What is free is to be asked anew after that: added to older numbers, what was written since counts twice."""
+        written = cast(int, self._child.do(Order("backend", "written_bytes", (home,), {"shared": shared})))
+        known = self._store
+        if known is not None:
+            self._store = -math.inf, known[1]
+        return written
 
     def store(self) -> Store:
         """As it was a moment ago; as it was last known while the server does not answer."""

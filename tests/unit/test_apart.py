@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver import apart, backends
-from csi_driver.apart import Deadlines
+from csi_driver.apart import Deadlines, Order
+from csi_driver.backends.base import Store
 from csi_driver.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable
 from csi_driver.linux.remote import Breaker
 from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement, VolumeRequest
@@ -90,6 +91,29 @@ def test_errors_arrive_as_they_were_raised(rig: Rig) -> None:
 
 def test_nothing_is_opened_before_it_is_wanted(rig: Rig, tmp_path: Path) -> None:
     assert not children() and not (tmp_path / "p").exists()
+
+
+def test_what_volumes_have_written_is_never_put_beside_older_numbers_of_the_store(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.controller.create_volume(volume("a", 16 * MIB))
+    child, free = rig.pool.backend._child, [1 << 30]  # type: ignore[attr-defined]
+    real = child.do
+
+    def do(order: Order) -> object:
+        match order.method:
+            case "store":
+                return Store(2 << 30, free[0])
+            case "written_bytes":
+                return (1 << 30) - free[0]
+        return real(order)
+
+    monkeypatch.setattr(child, "do", do)
+    rig.pool.refresh()
+    before = rig.pool.room()
+    free[0] -= 16 * MIB  # the volume writes all it may
+    rig.pool.refresh()
+    assert rig.pool.room() == before
 
 
 def test_a_child_that_hangs_is_killed_and_its_server_left_alone(rig: Rig, breaker: Breaker) -> None:
