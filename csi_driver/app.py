@@ -140,7 +140,9 @@ def build(config: Config) -> Driver:
             calls,
         )
         undo.pop_all()
-        return Driver(config.driver_name, info, pools, Maintenance(pools), copier, calls, handlers)
+        return Driver(
+            config.driver_name, info, pools, Maintenance(pools, groups.sweep), copier, calls, handlers
+        )
 
 
 def serve(arguments: Sequence[str]) -> int:

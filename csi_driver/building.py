@@ -32,6 +32,7 @@ class Builder:
         self._pool_name = pool_name
         self._catalog = catalog
         self._backend = backend
+        self._at_work: set[str] = set()
 
     @contextmanager
     def building(self, record: Record | SnapshotRecord | GroupRecord) -> Iterator[Build]:
@@ -40,6 +41,15 @@ class Builder:
         Raises:
             Aborted: it failed, and so did undoing it; or it stands, but perhaps not on the disk yet: repeat.
         """
+        self._at_work.add(record.id)
+        try:
+            with self._building(record) as build:
+                yield build
+        finally:
+            self._at_work.discard(record.id)
+
+    @contextmanager
+    def _building(self, record: Record | SnapshotRecord | GroupRecord) -> Iterator[Build]:
         build = Build(self._catalog.begin(record.id), record)
         try:
             yield build
@@ -48,6 +58,11 @@ class Builder:
             if self._catalog.has_committed(record):
                 # Only the last sync failed: it stands, and a repeat finds it or not.
                 raise Aborted(f"{record.id!r}: made, but not surely on disk ({failure}): repeat") from failure
+            if not self._catalog.stands(build.home):
+                self._catalog.abandon(build.home.id)
+                raise Aborted(
+                    f"{record.id!r}: another driver that has this pool took it for given up, and removed it: repeat"
+                ) from failure
             try:
                 self._discard_staged(build.home)
             except (OSError, Error) as error:
@@ -73,6 +88,14 @@ class Builder:
                     "pool %s: %s: half-made, and cannot be removed yet: %s", self._pool_name, home.path, error
                 )
         return bool(left)
+
+    def throw_abandoned(self) -> bool:
+        """Take to the trash what builds that died have left, where others may be building; whether there was anything."""
+        thrown = 0
+        for home in self._catalog.staged():
+            if home.id not in self._at_work:
+                thrown += self._catalog.throw_staged(home)
+        return thrown > 0
 
     def discard_leftover(self, made_id: str) -> None:
         """Remove what an earlier try of this one has left.

@@ -353,9 +353,35 @@ class Catalog:
         if home.area == STAGING:
             self._disclaim(home.id)
 
-    def abandon(self, volume_id: str) -> None:
-        """Leave what is in staging to whoever comes next, if several drivers have the pool."""
-        self._disclaim(volume_id)
+    def throw_staged(self, home: Home) -> bool:
+        """Take a half-made home to the trash, unless somebody is at it, here or elsewhere; whether that was done.
+
+        By one rename: whoever believes to be at it still, and is not (a claim ends with the process that has it, and with
+        its server's patience), commits the whole home before that, or nothing.
+        """
+        if not self.take(home.id):
+            return False
+        try:
+            self.trash(home, keep=False)
+        except FileNotFoundError:
+            return False  # committed or removed since it was listed
+        finally:
+            self._disclaim(home.id)
+        return True
+
+    def take(self, home_id: str) -> bool:
+        """Claim an id that nobody is working with, here or elsewhere; False: somebody is. `abandon` gives it back."""
+        if home_id in self._claims:
+            return False
+        try:
+            self._claim(home_id)
+        except Aborted:
+            return False
+        return True
+
+    def abandon(self, home_id: str) -> None:
+        """Leave what is in staging, or what was taken, to whoever comes next, if several drivers have the pool."""
+        self._disclaim(home_id)
 
     def _claim(self, volume_id: str) -> None:
         if self._locks_fd is None or volume_id in self._claims:

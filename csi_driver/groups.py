@@ -2,16 +2,17 @@
 """Groups of snapshots that show one moment of several volumes: all of them, or none.
 
 Members are snapshots like any other, made before the group's own record. One rename of that makes the group, and with
-it its members, exist; members without it are nobody's, and are removed at the next start or try.
+it its members, exist; members without it are nobody's, and are removed by the next start, try or `sweep`.
 """
 
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 from csi_driver.catalog import SCHEMA, Home
 from csi_driver.copies import Copier
-from csi_driver.errors import AlreadyExists, Error, InvalidArgument, NotFound
+from csi_driver.errors import Aborted, AlreadyExists, Error, InvalidArgument, NotFound
 from csi_driver.locks import Locks
 from csi_driver.model import Group, GroupRecord, Segments, Snapshot, lock_key
 from csi_driver.ordering import check_parameters, order_for
@@ -33,16 +34,21 @@ class Groups:
     def adopt(self) -> None:
         """Remove the members of groups that were not finished when the driver died."""
         for pool in self._pools.near([]):
-            # What is not finished on a server may be another driver's, which is at it.
-            for home in pool.catalog.snapshots():
-                try:
-                    group = pool.catalog.read_snapshot(home).group
-                    if group and self._pools.find_group(group) is None:
-                        # It may stand in a pool that is not configured now, and its members with it.
-                        self._pools.check_foreign(group)
-                        pool.delete_snapshot(home)
-                except (OSError, Error) as error:
-                    log.error("pool %s: %s: %s", pool.name, home.path, error)
+            self.sweep(pool)
+
+    def sweep(self, pool: Pool) -> None:
+        """Remove those in this pool, but for what somebody is at, here or elsewhere."""
+        for home in pool.catalog.snapshots():
+            try:
+                group = pool.catalog.read_snapshot(home).group
+                if group and self._pools.find_group(group) is None:
+                    # It may stand in a pool that is not configured now, and its members with it.
+                    self._pools.check_foreign(group)
+                    self._delete_left(group, [home.id])
+            except (Aborted, NotFound) as error:
+                log.debug("left: %s", error)
+            except (OSError, Error) as error:
+                log.error("pool %s: %s: %s", pool.name, home.path, error)
 
     def create(self, name: str, source_ids: Sequence[str], parameters: Mapping[str, str]) -> Group:
         """Take snapshots of all these volumes at one moment, or find those that an earlier call took.
@@ -82,6 +88,9 @@ class Groups:
         found = self._pools.find_group(group_id)
         if found is None:
             self._pools.check_foreign(group_id)
+            self._pools.discard_leftover(group_id)
+            if snapshot_ids:
+                self._delete_left(group_id, snapshot_ids)
             return
         pool, home = found
         record = pool.catalog.read_group(home)
@@ -90,7 +99,7 @@ class Groups:
             # Another call may have done it meanwhile.
             if self._pools.find_group(group_id) is None:
                 return
-            # Its members follow it: one that is left behind by a crash is removed at the next start.
+            # Its members follow it: one that is left behind by a crash is removed by a repeat, a start or a sweep.
             pool.delete_group(home)
             self._delete_members(record.snapshots.values())
 
@@ -119,21 +128,46 @@ class Groups:
         ]
         self._copier.check_together([order for _, order in wanted])
         members = [order.record.id for _, order in wanted]
-        self._delete_members(members)
-        try:
-            self._copier.copy_together(wanted)
-            record = GroupRecord(
-                schema=SCHEMA,
-                id=group_id,
-                name=name,
-                created_at=time.time(),
-                snapshots={order.source.id: order.record.id for _, order in wanted},
-            )
-            return self._read(leader, leader.create_group(record))
-        except BaseException:
-            if leader.catalog.find_group(group_id) is None:
-                self._delete_members(members)
-            raise
+        # Who sweeps takes members without a group for ones that are left.
+        with leader.claim(group_id):
+            self._delete_members(members)
+            try:
+                self._copier.copy_together(wanted)
+                record = GroupRecord(
+                    schema=SCHEMA,
+                    id=group_id,
+                    name=name,
+                    created_at=time.time(),
+                    snapshots={order.source.id: order.record.id for _, order in wanted},
+                )
+                home = leader.create_group(record, lambda: self._check_complete(record))
+            except BaseException:
+                if leader.catalog.find_group(group_id) is None:
+                    self._delete_members(members)
+                raise
+        return self._read(leader, home)
+
+    def _check_complete(self, record: GroupRecord) -> None:
+        """A claim ends when its server has not heard of us for long: somebody may have swept meanwhile."""
+        missing = [one for one in record.snapshots.values() if self._pools.find_snapshot(one) is None]
+        if missing:
+            raise Aborted(f"group {record.id!r}: its snapshots {', '.join(missing)} are gone: repeat")
+
+    def _delete_left(self, group_id: str, snapshot_ids: Sequence[str]) -> None:
+        """Delete those of the snapshots that a group which does not exist has left behind.
+
+        Raises:
+            Aborted: it is being made or deleted.
+        """
+        leader = self._pools.named_of(group_id)
+        claim = leader.claim(group_id) if leader is not None else nullcontext()
+        with self._locks.hold(lock_key(group_id), *map(lock_key, snapshot_ids)), claim:
+            if self._pools.find_group(group_id) is not None:
+                raise Aborted(f"group {group_id!r}: was made just now: repeat")
+            for snapshot_id in snapshot_ids:
+                found = self._pools.find_snapshot(snapshot_id)
+                if found is not None and found[0].catalog.read_snapshot(found[1]).group == group_id:
+                    found[0].delete_snapshot(found[1])
 
     def _delete_members(self, snapshot_ids: Iterable[str]) -> None:
         for snapshot_id in snapshot_ids:

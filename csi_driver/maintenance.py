@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one background thread: removes what was deleted, and counts anew what volumes have taken.
+"""The one background thread: removes what was deleted or left half made, and counts anew what volumes have taken.
 
 It shares nothing with calls but the pools themselves; a failure is logged and tried again at the next round.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from csi_driver.errors import Error
 from csi_driver.pool import Pool
@@ -18,14 +20,24 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
 """How old what `Space` knows of writes may get, in seconds."""
+SWEEP_S = 300.0
+"""How often pools that other drivers have too are looked through for what was left half made, in seconds."""
 
 
 class Maintenance:
-    """Runs from `start` to `stop`."""
+    """Runs from `start` to `stop`. `sweep` is what there is to do in such a pool beyond its own."""
 
-    def __init__(self, pools: Pools, refresh_s: float = REFRESH_S) -> None:
+    def __init__(
+        self,
+        pools: Pools,
+        sweep: Callable[[Pool], None],
+        refresh_s: float = REFRESH_S,
+        sweep_s: float = SWEEP_S,
+    ) -> None:
         self._pools = pools
+        self._sweep = sweep
         self._refresh_s = refresh_s
+        self._sweep_s = sweep_s
         self.failures: Counter[str] = Counter()
         """By the names of pools: how often something did not work."""
         self._wake = threading.Event()
@@ -48,20 +60,27 @@ class Maintenance:
 
     def _run(self) -> None:
         refreshed = time.monotonic()
+        swept = -math.inf
         while not self._ending.is_set():
             self._wake.wait(self._refresh_s)
             self._wake.clear()
             refresh = time.monotonic() - refreshed >= self._refresh_s
+            sweep = time.monotonic() - swept >= self._sweep_s
             for pool in self._pools:
                 if self._ending.is_set():
                     return
                 if not pool.adopted:
                     self._try(pool, pool.adopt)
+                if sweep and pool.is_apart:
+                    self._try(pool, pool.sweep)
+                    self._try(pool, partial(self._sweep, pool))
                 self._try(pool, pool.empty_trash)
                 if refresh:
                     self._try(pool, pool.refresh)
             if refresh:
                 refreshed = time.monotonic()
+            if sweep:
+                swept = time.monotonic()
 
     def _try(self, pool: Pool, work: Callable[[], object]) -> None:
         try:

@@ -24,6 +24,7 @@ from csi_driver.catalog import AREAS, GROUPS, Catalog, Home
 from csi_driver.charges import Charges
 from csi_driver.config import PoolConfig
 from csi_driver.errors import (
+    Aborted,
     ConfigurationError,
     Error,
     FailedPrecondition,
@@ -94,8 +95,9 @@ class Pool:
         Raises:
             ConfigurationError: a record was written by a newer version, or the pool has been given another name.
         """
-        # What is half made in a store that others work in may be theirs; a repeat of the call discards it.
-        if not self.is_apart:
+        if self.is_apart:
+            self._builder.throw_abandoned()
+        else:
             self.was_interrupted = self._builder.discard_all()
         volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
         snapshots = self.catalog.snapshots()
@@ -315,11 +317,27 @@ class Pool:
             return
         self._throw_away(home, keep=keep)
 
-    def create_group(self, record: GroupRecord) -> Home:
-        """Make a group, which its snapshots, made before, have waited for."""
+    @contextmanager
+    def claim(self, home_id: str) -> Iterator[None]:
+        """Keep other drivers that have the pool from working with this id while the body runs.
+
+        Raises:
+            Aborted: one of them is.
+        """
+        if not self.catalog.take(home_id):
+            raise Aborted(f"{home_id!r}: another driver that has this pool is working with it: repeat")
+        try:
+            yield
+        finally:
+            # A server that does not answer lets it go by itself.
+            with suppress(Unavailable):
+                self.catalog.abandon(home_id)
+
+    def create_group(self, record: GroupRecord, check: Callable[[], None]) -> Home:
+        """Make a group, which its snapshots, made before, have waited for, if the `check` does not raise at the last moment."""
         self._builder.discard_leftover(record.id)
         with self._builder.building(record):
-            pass  # a group is its record
+            check()  # a group is its record
         return self.catalog.placed(record.id, record.id, GROUPS)
 
     def delete_group(self, home: Home) -> None:
@@ -331,6 +349,11 @@ class Pool:
         self._throw_away(home, keep=True)
 
     # Maintenance
+
+    def sweep(self) -> None:
+        """Remove what other drivers that have the pool, or earlier runs of this one, have left half made."""
+        if self.is_apart and self._builder.throw_abandoned():
+            self.on_trash()
 
     def empty_trash(self, now: float | None = None) -> float | None:
         """Remove what was deleted longer than its retention ago; seconds until the next is due, None for none."""

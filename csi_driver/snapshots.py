@@ -91,11 +91,7 @@ class Snapshots:
                 self._pools.discard_leftover(snapshot_id)
                 return
             pool, home = found
-            group = _group_of(pool, home)
-            if group:
-                raise FailedPrecondition(
-                    f"snapshot {snapshot_id!r}: belongs to group {group!r}: delete the group"
-                )
+            self._check_single(snapshot_id, _group_of(pool, home))
             pool.delete_snapshot(home)
 
     def get(self, snapshot_id: str) -> Snapshot:
@@ -199,6 +195,16 @@ class Snapshots:
     def _shown(self, record: Record | SnapshotRecord, *, ready: bool) -> Snapshot:
         assert isinstance(record, SnapshotRecord), "jobs of snapshots have their records"
         return Snapshot(record, ready, self._segments)
+
+    def _check_single(self, snapshot_id: str, group_id: str) -> None:
+        """One that a deleted group has left behind is no group's any more."""
+        if not group_id:
+            return
+        if self._pools.find_group(group_id) is not None:
+            raise FailedPrecondition(
+                f"snapshot {snapshot_id!r}: belongs to group {group_id!r}: delete the group"
+            )
+        self._pools.check_foreign(group_id)
 
     def _check_place(self, topology: TopologyRequirement) -> None:
         places = topology.requisite or topology.preferred

@@ -140,8 +140,11 @@ class Rig:
         self.close()
 
     def settle(self) -> None:
-        """What maintenance does in the background: remove the deleted, count anew."""
+        """What maintenance does in the background: remove the deleted and the half made, count anew."""
         for pool in self.pools:
+            if pool.is_apart:
+                pool.sweep()
+                self.groups.sweep(pool)
             pool.empty_trash()
             pool.refresh()
 

@@ -29,9 +29,8 @@ from tests.rig import IN_LAB, KINDS, SHARING, Kind
 from tests.scene import clean_place, set_up
 
 pytestmark = pytest.mark.crash
-# Inline volumes are a node's own; what a group leaves half made in a pool that others have, only a repeat removes
-# (docs/limitations.md, "File servers").
-NOT_SERVED = ("publish-inline", "unpublish-inline", "group", "group-in-use", "delete-group")
+# Inline volumes are a node's own.
+NOT_SERVED = ("publish-inline", "unpublish-inline")
 EVERY = int(os.environ.get("ORLOP_CRASH_EVERY", "1"))
 """Die after every n-th step only, beginning with any of the first n: a sample, another one in each run."""
 

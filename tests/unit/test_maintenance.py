@@ -16,7 +16,7 @@ def test_writes_are_counted_though_the_trash_cannot_be_emptied(rig: Rig) -> None
     counted = threading.Event()
     create(rig.pool, "kept")
     rig.pool.delete(create(rig.pool, "stuck"))
-    maintenance = Maintenance(rig.pools, refresh_s=0.01)
+    maintenance = Maintenance(rig.pools, rig.groups.sweep, refresh_s=0.01)
 
     with interposed(rig.pool, clear=BUSY, written_bytes=lambda _: counted.set()):
         maintenance.start()
@@ -30,7 +30,7 @@ def test_an_unexpected_failure_is_counted_and_the_thread_goes_on(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig.pool.delete(create(rig.pool, "odd"))
-    maintenance = Maintenance(rig.pools, refresh_s=0.01)
+    maintenance = Maintenance(rig.pools, rig.groups.sweep, refresh_s=0.01)
 
     try:
         with interposed(rig.pool, clear=BROKEN, written_bytes=BROKEN):
