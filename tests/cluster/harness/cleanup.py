@@ -50,12 +50,13 @@ def stop_node(one: layout.Node) -> None:
 
 
 def detach_loop_devices(one: layout.Node) -> None:
-    """Detach the loop devices over the node's disks and over files on these disks.
+    """Detach the loop devices over the node's disks, over files on these disks, and so on upwards.
 
-    A volume's loop device outlives its mount when its driver was killed, and keeps the disk below busy.
+    A volume's loop device outlives its mount when its driver was killed, and keeps the disk below busy; and a pool of the
+    driver's own making is a loop device between the two.
     """
     deadline = time.monotonic() + 20
-    while remaining := _loop_devices(one):
+    while remaining := loop_devices(one.directory):
         for device in reversed(remaining):  # upper ones first
             subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
         if time.monotonic() > deadline:
@@ -63,14 +64,20 @@ def detach_loop_devices(one: layout.Node) -> None:
         time.sleep(0.1)
 
 
-def _loop_devices(one: layout.Node) -> list[str]:
+def loop_devices(directory: Path) -> list[str]:
+    """Those over files in the directory, and over files on filesystems on such devices; each comes after what it is on."""
     columns = "NAME,MAJ:MIN,BACK-FILE,BACK-MAJ:MIN"
     listed = run("losetup", "--list", "--json", "--output", columns)
     rows = json.loads(listed)["loopdevices"] if listed.strip() else []
-    lower = [row for row in rows if str(row["back-file"]).startswith(f"{one.directory}/")]
-    disks = {row["maj:min"].strip() for row in lower}
-    upper = [row for row in rows if str(row["back-maj:min"]).strip() in disks]
-    return [row["name"] for row in lower + upper]
+    found: list[str] = []
+    level = [row for row in rows if str(row["back-file"]).startswith(f"{directory}/")]
+    while level:
+        found += [row["name"] for row in level]
+        disks = {row["maj:min"].strip() for row in level}
+        level = [
+            row for row in rows if str(row["back-maj:min"]).strip() in disks and row["name"] not in found
+        ]
+    return found
 
 
 def _remove_cgroup(group: Path) -> None:
