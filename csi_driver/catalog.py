@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from csi_driver import handover
-from csi_driver.errors import Aborted, ConfigurationError, Error, NotFound, ResourceExhausted
+from csi_driver.claims import Claims
+from csi_driver.errors import ConfigurationError, Error, NotFound, ResourceExhausted
 from csi_driver.linux import files
 from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
 
@@ -30,7 +31,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 SCHEMA = 1
 POOL_FILE = "pool.json"
 RECORD_FILE, SNAPSHOT_FILE, GROUP_FILE = "volume.json", "snapshot.json", "group.json"
-LOCK_FILE, LOCKS = "lock", "locks"
+LOCK_FILE = "lock"
 AREAS = VOLUMES, SNAPSHOTS, GROUPS, STAGING, TRASH = "volumes", "snapshots", "groups", "staging", "trash"
 KEPT, ARCHIVE = "kept", "archive"
 """What deleted volumes leave behind whose class says so; the driver never looks into them."""
@@ -81,9 +82,8 @@ class Catalog:
         self, root: Path, root_fd: int, lock_fd: int, pool: PoolRecord, *, exclusive: bool = True
     ) -> None:
         self.root = root
-        # Where others work in the pool too, what is in staging belongs to whoever holds its lock.
-        self._locks_fd = None if exclusive else files.ensure_directory(root_fd, LOCKS, mode=0o700)
-        self._claims: dict[str, int] = {}
+        # Where others work in the pool too, what is in staging belongs to whoever has claimed it.
+        self._claims = None if exclusive else Claims(root_fd)
         self.root_fd = root_fd
         self.tag = _tag(pool)
         self._lock_fd = lock_fd
@@ -120,8 +120,9 @@ class Catalog:
 
     def close(self) -> None:
         """Give the pool's lock back."""
-        shared = () if self._locks_fd is None else (self._locks_fd, *self._claims.values())
-        for fd in (*shared, *self._areas.values(), self._lock_fd, self.root_fd):
+        if self._claims is not None:
+            self._claims.close()
+        for fd in (*self._areas.values(), self._lock_fd, self.root_fd):
             os.close(fd)
 
     def is_present(self) -> bool:
@@ -270,7 +271,7 @@ class Catalog:
         made = self._home(area, home.id)
         files.rename(home.area_fd, home.name, made.area_fd, made.name)
         files.sync(made.area_fd)
-        self._disclaim(home.id)
+        self.abandon(home.id)
         return made
 
     def update(self, home: Home, **changes: Any) -> None:
@@ -351,7 +352,7 @@ class Catalog:
             self._claim(home.id)
         files.remove_tree(home.area_fd, home.name, check)
         if home.area == STAGING:
-            self._disclaim(home.id)
+            self.abandon(home.id)
 
     def throw_staged(self, home: Home) -> bool:
         """Take a half-made home to the trash, unless somebody is at it, here or elsewhere; whether that was done.
@@ -366,35 +367,21 @@ class Catalog:
         except FileNotFoundError:
             return False  # committed or removed since it was listed
         finally:
-            self._disclaim(home.id)
+            self.abandon(home.id)
         return True
 
     def take(self, home_id: str) -> bool:
         """Claim an id that nobody is working with, here or elsewhere; False: somebody is. `abandon` gives it back."""
-        if home_id in self._claims:
-            return False
-        try:
-            self._claim(home_id)
-        except Aborted:
-            return False
-        return True
+        return self._claims is None or self._claims.take(home_id)
 
     def abandon(self, home_id: str) -> None:
         """Leave what is in staging, or what was taken, to whoever comes next, if several drivers have the pool."""
-        self._disclaim(home_id)
+        if self._claims is not None:
+            self._claims.give_back(home_id)
 
-    def _claim(self, volume_id: str) -> None:
-        if self._locks_fd is None or volume_id in self._claims:
-            return
-        fd = files.claim(self._locks_fd, volume_id)
-        if fd is None:
-            raise Aborted(f"{volume_id!r}: another driver that has this pool is making it: repeat")
-        self._claims[volume_id] = fd
-
-    def _disclaim(self, volume_id: str) -> None:
-        fd = self._claims.pop(volume_id, None)
-        if fd is not None and self._locks_fd is not None:
-            files.disclaim(fd, self._locks_fd, volume_id)
+    def _claim(self, home_id: str) -> None:
+        if self._claims is not None:
+            self._claims.hold(home_id)
 
     def _names(self, area: str) -> list[str]:
         # Opened anew: a descriptor has one position that threads would share, and btrfs shows in an open directory

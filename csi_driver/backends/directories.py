@@ -23,8 +23,13 @@ StorageClass `mode`, `uid` or `gid`."""
 
 
 def set_owner(data_fd: int, parameters: Parameters) -> None:
-    """Give a new payload directory the owner and mode that its parameters ask for."""
-    os.fchown(data_fd, parameters.uid or 0, parameters.gid or 0)
+    """Give a new payload directory the owner and mode that its parameters ask for; else it stays its maker's."""
+    made = os.fstat(data_fd)
+    uid = made.st_uid if parameters.uid is None else parameters.uid
+    gid = made.st_gid if parameters.gid is None else parameters.gid
+    # Each change is a request to a server, and one that squashes root refuses that of the owner.
+    if (uid, gid) != (made.st_uid, made.st_gid):
+        os.fchown(data_fd, uid, gid)
     # After the owner, whose change clears setuid and setgid.
     os.fchmod(data_fd, DEFAULT_MODE if parameters.mode is None else parameters.mode)
 

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,13 +154,19 @@ def unfinished(name: str) -> str:
 
 def write_new(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
     """Make the file `name` with this content, synced. FileExistsError if there is one. A crash may leave a part of it."""
-    fd = open_beneath(dir_fd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    fd = open_beneath(dir_fd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
-        os.fchmod(fd, mode)
+        _ensure_mode(fd, mode)
         _write_all(fd, data)
         sync(fd)
     finally:
         os.close(fd)
+
+
+def _ensure_mode(fd: int, mode: int) -> None:
+    # The umask may have cut it. To look is free, also where to change is a request to a server.
+    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        os.fchmod(fd, mode)
 
 
 def write_atomic(dir_fd: int, name: str, data: bytes, mode: int = 0o600) -> None:
@@ -408,59 +415,36 @@ def lock_whole(fd: int, *, shared: bool = False) -> bool:
     fcntl(2) F_OFD_SETLK, which network filesystems pass on to their server. It ends with the last descriptor of the
     description, whoever has that. `shared` keeps out only those who want it alone.
     """
+    return _try_lock(fd, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, 0, 0)
+
+
+def is_locked(fd: int) -> bool:
+    """Whether anybody has such a lock on the file, here or elsewhere."""
+    return _ofd_lock(fd, _F_OFD_GETLK, fcntl.F_WRLCK, 0, 0) != fcntl.F_UNLCK
+
+
+def lock_byte(fd: int, offset: int) -> bool:
+    """The same for one byte, which the file need not have."""
+    return _try_lock(fd, fcntl.F_WRLCK, offset, 1)
+
+
+def unlock_byte(fd: int, offset: int) -> None:
+    """Give that one back."""
+    _ofd_lock(fd, _F_OFD_SETLK, fcntl.F_UNLCK, offset, 1)
+
+
+def _try_lock(fd: int, kind: int, offset: int, length: int) -> bool:
     try:
-        _ofd_lock(fd, _F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK)
+        _ofd_lock(fd, _F_OFD_SETLK, kind, offset, length)
     except (BlockingIOError, PermissionError):
         return False
     return True
 
 
-def is_locked(fd: int) -> bool:
-    """Whether anybody has such a lock on the file, here or elsewhere."""
-    return _ofd_lock(fd, _F_OFD_GETLK, fcntl.F_WRLCK) != fcntl.F_UNLCK
-
-
-def _ofd_lock(fd: int, command: int, kind: int) -> int:
-    # struct flock: type, whence, start, length (0: all of it), pid (none)
-    asked = struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
+def _ofd_lock(fd: int, command: int, kind: int, offset: int, length: int) -> int:
+    # struct flock: type, whence, start, length (0: to the end), pid (none)
+    asked = struct.pack(_FLOCK, kind, os.SEEK_SET, offset, length, 0)
     return int(struct.unpack(_FLOCK, fcntl.fcntl(fd, command, asked))[0])
-
-
-def claim(dir_fd: int, name: str) -> int | None:
-    """Make the file `name` and lock it against everybody, on other machines too; None if another has it.
-
-    An open file description's lock (fcntl(2) F_OFD_SETLK), which network filesystems pass on to their server. It ends with
-    the returned descriptor; `disclaim` also removes the file.
-    """
-    while True:
-        fd = open_beneath(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            if not lock_whole(fd):
-                os.close(fd)
-                return None
-            if _is_at(fd, dir_fd, name):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its last owner has removed it meanwhile
-
-
-def disclaim(fd: int, dir_fd: int, name: str) -> None:
-    """Give back what `claim` gave."""
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=dir_fd)
-    finally:
-        os.close(fd)
-
-
-def _is_at(fd: int, dir_fd: int, name: str) -> bool:
-    try:
-        there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(fd), there)
 
 
 def direct_io_alignment(fd: int) -> int | None:

@@ -100,11 +100,11 @@ def test_what_another_machine_is_making_is_left_alone(
     volume_id = create(controller, "pvc-1").volume_id
     controller.controller.DeleteVolume(pb.DeleteVolumeRequest(volume_id=volume_id), timeout=60)
     script = (
-        "import os, sys, time; from csi_driver.linux import files; "
-        "fd = files.claim(os.open(sys.argv[1], os.O_RDONLY), sys.argv[2]); "
-        "print('held' if fd else 'refused', flush=True); time.sleep(1000)"
+        "import os, sys, time; from csi_driver.claims import Claims; "
+        "claims = Claims(os.open(sys.argv[1], os.O_RDONLY)); "
+        "print('held' if claims.take(sys.argv[2]) else 'refused', flush=True); time.sleep(1000)"
     )
-    words = other_machine.command(sys.executable, "-c", script, root / "locks", volume_id)
+    words = other_machine.command(sys.executable, "-c", script, root, volume_id)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     assert other.stdout is not None and other.stdout.readline() == "held\n"

@@ -324,7 +324,7 @@ def test_drivers_that_share_a_pool_keep_out_of_each_other_s_staging(tmp_path: Pa
     one.commit(staged, record_of(volume_id))
 
     assert two.find(volume_id) is not None and two.find_staged(volume_id) is None
-    assert not os.listdir(tmp_path / "pool/locks")
+    assert two.take(volume_id) and not one.take(volume_id)
     one.close()
     two.close()
 
@@ -340,5 +340,5 @@ def test_what_a_driver_that_died_was_making_is_the_next_one_s(tmp_path: Path) ->
     assert left is not None
     two.remove(left)
     two.commit(two.begin(volume_id), record_of(volume_id))
-    assert not os.listdir(tmp_path / "pool/locks")
+    assert two.take(volume_id)
     two.close()

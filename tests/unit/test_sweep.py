@@ -32,7 +32,7 @@ def two(tmp_path: Path) -> Iterator[Rig]:
 
 
 def left(rig: Rig) -> dict[str, list[str]]:
-    areas = ("groups", "snapshots", "staging", "trash", "locks")
+    areas = ("groups", "snapshots", "staging", "trash")
     return {area: found for area in areas if (found := os.listdir(rig.pool.config.root / area))}
 
 
