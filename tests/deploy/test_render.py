@@ -293,6 +293,22 @@ def test_controllers_and_nodes_see_the_directories_that_every_node_has_mounted()
     assert (config.pools["team"].mounted, config.pools["plain"].mounted) == (True, False)
 
 
+def test_only_controllers_see_what_the_server_that_they_run_on_exports() -> None:
+    exported = ("backend=nfs", "server=files", "path=/team", "root=/srv/team", "on_server=true")
+    found = chart(*SHARED, *(f"shared.pools.team.{one}" for one in exported))
+
+    node, controller = (
+        found[kind, name]["spec"]["template"]["spec"]
+        for kind, name in (("DaemonSet", "orlop-shared-node"), ("Deployment", "orlop-shared-controller"))
+    )
+    mounts = [one for one in controller["containers"][0]["volumeMounts"] if one["mountPath"] == "/srv/team"]
+    volumes = {one["name"]: one for one in controller["volumes"]}
+    assert volumes[mounts[0]["name"]]["hostPath"] == {"path": "/srv/team", "type": "Directory"}
+    assert "/srv/team" not in str(node)
+    config = configuration.parse(found["ConfigMap", "orlop-shared-config"]["data"]["config.toml"])
+    assert config.pools["team"].options["on_server"] is True
+
+
 @pytest.mark.parametrize(("values", "count"), [((), 4), (SHARED, 2), (("shared.enabled=true",), 6)])
 def test_no_object_grants_a_wildcard_or_secrets(values: tuple[str, ...], count: int) -> None:
     roles = [
@@ -354,6 +370,10 @@ def test_every_right_says_who_needs_it() -> None:
         ("shared.pools.team.backend=image", "backend"),
         ("shared.pools.team.backend=directory", "root"),
         ("shared.pools.team.backend=nfs", "server"),
+        (
+            "shared.pools.team.backend=nfs,shared.pools.team.server=a,shared.pools.team.path=/a,shared.pools.team.on_server=true",
+            "root",
+        ),
         (
             "shared.enabled=true,shared.pools.team.backend=directory,shared.pools.team.root=/team,shared.pools.team.mounted=true",
             "another directory than /",

@@ -108,13 +108,15 @@ driver_name = {{ toJson .Values.shared.driverName }}
 {{- end }}
 
 {{/*
-What the driver for file servers sees of a node for its pools of directories: path to the volume's name. Others mount the
-filesystem, on the node, whenever they do; one that must be mounted is looked at from the directory above.
+What the driver for file servers sees of a node for its pools (of `root`; `controller`: on the controllers' nodes): path to the
+volume's name. Of directories, others mount the filesystem, on the node, whenever they do; one that must be mounted is looked
+at from the directory above. Controllers on the server work in the directory that it exports.
 */}}
 {{- define "orlop.sharedPoolPaths" -}}
 {{- $paths := dict }}
-{{- range $name, $pool := .Values.shared.pools }}
-{{- if eq $pool.backend "directory" }}
+{{- $controller := .controller }}
+{{- range $name, $pool := .root.Values.shared.pools }}
+{{- if or (eq $pool.backend "directory") (and $pool.on_server $controller) }}
 {{- if and $pool.mounted (eq (dir $pool.root) "/") }}
 {{- fail (printf "shared.pools.%s: root of a pool that must be mounted must lie in another directory than /" $name) }}
 {{- end }}
