@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 WORKER: Final = "csi_driver.apart_worker"
 STORE_S: Final = 5.0
-"""How old the numbers of the store may get, unless newer ones of a volume are put beside them."""
+"""How old the numbers of the store may get, unless newer ones of a volume with a size are put beside them."""
 
 DONE, FAILED, LATER, STEP = b"=", b"!", b"+", b"?"
 """How a child's message begins: a result, an exception, "not done yet", or the bytes that a copy is about to move."""
@@ -326,7 +326,7 @@ class ApartBackend:
         """What is free is to be asked anew after that: added to older numbers, what was written since counts twice."""
         written = cast(int, self._child.do(Order("backend", "written_bytes", (home,), {"shared": shared})))
         known = self._store
-        if known is not None:
+        if known is not None and self._local.features.enforces_capacity:
             self._store = -math.inf, known[1]
         return written
 

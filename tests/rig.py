@@ -63,6 +63,8 @@ class Kind:
     """All of a volume's room is taken when it is made."""
     served: bool = False
     """Its pool is on a file server of the second kernel's; @SERVER@ and @PATH@ in `options` say where."""
+    used_elsewhere: bool = False
+    """What has the pool cannot publish its volumes: nodes find them by their context."""
 
     @property
     def needs_root(self) -> bool:
@@ -99,7 +101,18 @@ SERVED = (
     Kind("served-quota", "nfs", "xfs", f"{_EXPORT}on_server = true\n", served=True),
     Kind("served-directory", "directory", "nfs", "enforce_capacity = false\nmounted = true\n", served=True),
 )
-IN_LAB = SERVED if os.environ.get("LAB") == "1" else ()
+SERVED_IMAGE = Kind(
+    "served-image",
+    "nfs",
+    "nfs",
+    f'{_EXPORT}provisioning = "image"\n',
+    tools=("mkfs.ext4",),
+    written_at_once=True,
+    served=True,
+    used_elsewhere=True,
+)
+LAB = os.environ.get("LAB") == "1"
+IN_LAB = SERVED if LAB else ()
 THIN = Kind("image-thin", "image", "ext4", 'provisioning = "thin"\novercommit = 2.0\n', tools=("mkfs.ext4",))
 
 
@@ -161,7 +174,8 @@ def open_pool(pool_config: PoolConfig) -> Pool:
     mounted = backing.ensure(pool_config)
     backend = backends.create(pool_config)
     backend.check()
-    catalog = Catalog.open(pool_config.root, pool_config.backend, exclusive=not pool_config.shared)
+    layout = backends.layout(pool_config)
+    catalog = Catalog.open(pool_config.root, layout, exclusive=not pool_config.shared)
     try:
         pool = Pool(pool_config, catalog, backend, mounted)
         pool.adopt()

@@ -179,6 +179,10 @@ def end_managed(root: Path) -> None:
 @contextmanager
 def in_pod(scene: Scene, rig: Rig, volume_id: str, name: str = "pod") -> Iterator[Path]:
     """The volume as a pod sees it: staged and published, and all of that undone."""
+    if scene.kind.used_elsewhere:
+        with _mounted_by_hand(scene, rig, volume_id) as path:
+            yield path
+        return
     staging, target = scene.place / f"{name}-staging", scene.place / f"{name}-target"
     staging.mkdir(exist_ok=True)
     wanted = capability(AccessMode.SINGLE_NODE_WRITER)
@@ -191,6 +195,20 @@ def in_pod(scene: Scene, rig: Rig, volume_id: str, name: str = "pod") -> Iterato
             rig.node.unpublish(volume_id, str(target))
     finally:
         rig.node.unstage(volume_id, str(staging))
+
+
+@contextmanager
+def _mounted_by_hand(scene: Scene, rig: Rig, volume_id: str) -> Iterator[Path]:
+    target = scene.place / "by-hand"
+    target.mkdir()
+    image = rig.pool.catalog.home(volume_id).path / "image"
+    subprocess.run(["mount", "-o", "loop", "--make-private", image, target], check=True)
+    try:
+        (target / "data").mkdir(exist_ok=True)
+        yield target / "data"
+    finally:
+        unmount(target)
+        target.rmdir()
 
 
 def fill(path: Path, limit_bytes: int, *, chunk: int = 1 << 20) -> tuple[int, OSError | None]:

@@ -69,7 +69,7 @@ class Case:
         if self.scene.kind.needs_root:
             with in_pod(self.scene, rig, rig.pool.id_of("a"), "filling") as path:
                 (path / "kept").write_bytes(CONTENT)
-            (self.scene.place / "filling-staging").rmdir()
+            remove_staging(self.scene, "filling")
 
     def empty_trash(self, rig: Rig) -> None:
         rig.pool.empty_trash()
@@ -288,6 +288,11 @@ def clear(case: Case, empty: Picture) -> None:
     case.scene.current.close()
 
 
+def remove_staging(scene: Scene, name: str) -> None:
+    if not scene.kind.used_elsewhere:
+        (scene.place / f"{name}-staging").rmdir()
+
+
 def check_content(case: Case) -> None:
     rig = case.scene.open()
     volume_id = rig.pool.id_of("a")
@@ -298,4 +303,4 @@ def check_content(case: Case) -> None:
         assert names in ([], ["kept"])
         if names:
             assert (path / "kept").read_bytes() == CONTENT
-    (case.scene.place / "reading-staging").rmdir()
+    remove_staging(case.scene, "reading")

@@ -25,7 +25,7 @@ from tests.crash.cases import (
     settled,
 )
 from tests.crash.tracer import Outcome, run_until
-from tests.rig import IN_LAB, KINDS, SHARING, Kind
+from tests.rig import IN_LAB, KINDS, LAB, SERVED_IMAGE, SHARING, Kind
 from tests.scene import clean_place, set_up
 
 pytestmark = pytest.mark.crash
@@ -51,11 +51,11 @@ def place() -> Iterator[Path]:
 
 def cases() -> Iterator[object]:
     for name, operation in OPERATIONS.items():
-        kinds = (*KINDS, *IN_LAB)
+        kinds = (*KINDS, *IN_LAB, *([SERVED_IMAGE] if LAB else []))
         for kind in (*kinds, SHARING[0]) if name in COPIES else kinds:
             if kind.served and name in NOT_SERVED:
                 continue
-            if operation.needs_root and not kind.needs_root:
+            if operation.needs_root and (kind.used_elsewhere or not kind.needs_root):
                 continue
             if name in FROZEN and kind.backend != "image":
                 continue
