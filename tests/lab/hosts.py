@@ -77,9 +77,12 @@ class Host:
     def mend(self) -> None:
         run("ip", "link", "set", self.name, "up")
 
-    def _processes(self) -> list[int]:
-        """All that runs there, the holder too."""
-        network = os.readlink(f"/proc/{self._holder.pid}/ns/net")
+    def _network(self) -> str:
+        return os.readlink(f"/proc/{self._holder.pid}/ns/net")
+
+    @staticmethod
+    def _processes(network: str) -> list[int]:
+        """All that runs in it, the holder too."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -92,10 +95,14 @@ class Host:
 
     def remove(self) -> None:
         self.stop()
-        for pid in self._processes():
+        network = self._network()
+        for pid in self._processes(network):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._holder.wait()
+        # The next host's rpcbind wants a lock that this one's has; what waits for a dead server takes longer than we do.
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: not self._processes(network), 5)
         # Its end of the cable goes with the namespace, a moment later.
         subprocess.run(["ip", "link", "delete", self.name], capture_output=True, check=False)
 
