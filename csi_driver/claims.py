@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is at which home, where several drivers have one pool: locks by id, in one file of the pool that all of them open.
 
-An id's lock is that of one byte of the file, at a place that the id says (fcntl(2), F_OFD_SETLK), so that claiming and giving
-back is one request to a server each, and leaves nothing to be removed. The kernel and the server end it with the process, or
-with its machine. Not for several threads.
+An id's lock is that of one byte of the file, at a place that the id says (fcntl(2), F_OFD_SETLK), so that nothing has to be
+made for a claim, or removed after it. The kernel and the server end it with the process, or with its machine. Not for several
+threads.
 """
 
 import hashlib
@@ -21,18 +21,26 @@ class Claims:
     def __init__(self, root_fd: int) -> None:
         self._root_fd = root_fd
         self._held: set[str] = set()
-        self._fd = self._open()
+        self._fd = -1
 
     def close(self) -> None:
         """Give all of them back."""
-        os.close(self._fd)
+        self._held.clear()
+        self._rest()
 
     def take(self, home_id: str) -> bool:
         """Claim what is nobody's, ours neither; whether that worked."""
-        if home_id in self._held or not self._lock(home_id):
+        if home_id in self._held:
             return False
-        self._held.add(home_id)
-        return True
+        if self._fd < 0:
+            self._fd = files.open_beneath(self._root_fd, CLAIMS_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            taken = files.lock_byte(self._fd, _place(home_id))
+            if taken:
+                self._held.add(home_id)
+        finally:
+            self._rest()
+        return taken
 
     def hold(self, home_id: str) -> None:
         """Claim it, if it is not ours already.
@@ -45,23 +53,21 @@ class Claims:
 
     def give_back(self, home_id: str) -> None:
         """Let others have it; nothing if it is not ours."""
-        if home_id in self._held:
-            self._held.remove(home_id)
-            files.unlock_byte(self._fd, _place(home_id))
-
-    def _lock(self, home_id: str) -> bool:
+        if home_id not in self._held:
+            return
+        self._held.remove(home_id)
         try:
-            return files.lock_byte(self._fd, _place(home_id))
-        except OSError:
             if self._held:
-                raise  # they would end with the descriptor
-        # A server that was out of reach for long, or has started anew, may have forgotten the open file.
-        stale, self._fd = self._fd, self._open()
-        os.close(stale)
-        return files.lock_byte(self._fd, _place(home_id))
+                files.unlock_byte(self._fd, _place(home_id))
+        finally:
+            self._rest()
 
-    def _open(self) -> int:
-        return files.open_beneath(self._root_fd, CLAIMS_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    def _rest(self) -> None:
+        # A file that is open for writing keeps its filesystem from being remounted read-only, and what a server knows of it
+        # may be lost while nobody asks.
+        if not self._held and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def _place(home_id: str) -> int:
