@@ -272,7 +272,15 @@ def picture_after(case: Case, steps: tuple[Step, ...]) -> Picture:
     run(case, steps)
     rig = case.scene.open()
     rig.settle()
-    return Picture.take(case, rig)
+    found = Picture.take(case, rig)
+    while case.scene.kind.served:
+        # What was removed, a server frees when it comes to it.
+        time.sleep(0.5)
+        rig.settle()
+        before, found = found, Picture.take(case, rig)
+        if found.same(before):
+            break
+    return found
 
 
 def clear(case: Case, empty: Picture) -> None:

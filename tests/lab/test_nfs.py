@@ -21,7 +21,7 @@ from csi_driver.model import AccessMode, AccessType, Capability, HealthStatus, N
 from csi_driver.node import Node
 from csi_driver.pools import Pools
 from tests.lab.disks import Disk, run
-from tests.lab.hosts import GaneshaServer, Host, KernelServer
+from tests.lab.hosts import GaneshaServer, Host, KernelServer, wait_for
 
 T = TypeVar("T")
 TIMEOUT_S = 12.0
@@ -56,6 +56,8 @@ def exports(tmp_path: Path) -> Iterator[Exports]:
     for entry in reversed(mount.mounts()):
         if Path(entry.target).is_relative_to(tmp_path) and entry.fs_type.startswith("nfs"):
             run("umount", "-l", entry.target)
+    # Children that a dead server held end with it.
+    wait_for(lambda: not any(breaker.left_behind() for breaker in servers.all()), 60)
 
 
 @pytest.fixture

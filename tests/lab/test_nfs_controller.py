@@ -12,12 +12,12 @@ import pytest
 from csi_driver import apart, backends
 from csi_driver.config import parse
 from csi_driver.errors import Aborted, Error, InvalidArgument, Unavailable
-from csi_driver.linux.remote import Servers
+from csi_driver.linux.remote import Breaker, Servers
 from csi_driver.model import GIB, MIB, AccessMode, Source, SourceKind, TopologyRequirement
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from tests.lab.disks import Disk, run
-from tests.lab.hosts import GaneshaServer, KernelServer
+from tests.lab.hosts import GaneshaServer, KernelServer, wait_for
 from tests.rig import Rig, capability, volume
 
 POOL = """
@@ -53,6 +53,7 @@ def start(make_disk: Callable[..., Disk]) -> Iterator[Start]:
 @pytest.fixture
 def open_driver(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
+    breakers: list[Breaker] = []
 
     def make(
         path: str = "/share", options: Sequence[str] = (), warm: bool = True, **servers: AnyServer
@@ -65,6 +66,7 @@ def open_driver(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
             configured = parse('scope = "shared"\n' + text).pools[name]
             local = backends.create(configured)
             breaker = known.breaker(local.features.server)
+            breakers.append(breaker)
             opened[name] = Pool(configured, *apart.stand_ins(configured, local, breaker, DEADLINES))
         rigs.append(Rig(Pools(opened)))
         for pool in opened.values() if warm else ():
@@ -81,6 +83,8 @@ def open_driver(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
         if line.split()[2].startswith("nfs"):
             run("umount", "-l", line.split()[1])
+    # Children that a dead server held end with it.
+    wait_for(lambda: not any(breaker.left_behind() for breaker in breakers), 60)
 
 
 def create(rig: Rig, pool: str, name: str, source: Source | None = None, **parameters: str) -> str:
