@@ -6,8 +6,10 @@ What a home is filled with is the backend's business, what it is charged `charge
 
 import errno
 import logging
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from csi_driver.backends.base import Backend
 from csi_driver.catalog import Catalog, Home
@@ -32,7 +34,12 @@ class Builder:
         self._pool_name = pool_name
         self._catalog = catalog
         self._backend = backend
-        self._at_work: set[str] = set()
+        # A sweep keeps off what calls are at, and they off what it is at.
+        self._guard = threading.Lock()
+        self._at_work: Counter[str] = Counter()
+        self._swept: set[str] = set()
+        self._owed: set[str] = set()
+        """Claims to give back yet: the server was not asked, and who has them lives on."""
 
     @contextmanager
     def building(self, record: Record | SnapshotRecord | GroupRecord) -> Iterator[Build]:
@@ -41,12 +48,14 @@ class Builder:
         Raises:
             Aborted: it failed, and so did undoing it; or it stands, but perhaps not on the disk yet: repeat.
         """
-        self._at_work.add(record.id)
-        try:
-            with self._building(record) as build:
-                yield build
-        finally:
-            self._at_work.discard(record.id)
+        with self._working(record.id):
+            try:
+                with self._building(record) as build:
+                    yield build
+            except BaseException:
+                # Undoing it does so too, if it comes to its end.
+                self._give_back(record.id)
+                raise
 
     @contextmanager
     def _building(self, record: Record | SnapshotRecord | GroupRecord) -> Iterator[Build]:
@@ -64,6 +73,8 @@ class Builder:
                     f"{record.id!r}: another driver that has this pool took it for given up, and removed it: repeat"
                 ) from failure
             try:
+                # Our claim may be lost, and what stands there another's, who makes the same.
+                self._catalog.claim(build.home.id)
                 self._discard_staged(build.home)
             except (OSError, Error) as error:
                 raise Aborted(
@@ -91,11 +102,27 @@ class Builder:
 
     def throw_abandoned(self) -> bool:
         """Take to the trash what builds that died have left, where others may be building; whether there was anything."""
+        for made_id in sorted(self._owed):
+            with self._sweeping(made_id) as is_free:
+                if is_free:
+                    self._catalog.abandon(made_id)
+                    self._owed.discard(made_id)
         thrown = 0
         for home in self._catalog.staged():
-            if home.id not in self._at_work:
-                thrown += self._catalog.throw_staged(home)
+            with self._sweeping(home.id) as is_free:
+                thrown += is_free and self._throw(home)
         return thrown > 0
+
+    def _throw(self, home: Home) -> bool:
+        try:
+            return self._catalog.throw_staged(home)
+        except Unavailable:
+            raise
+        except (OSError, Error) as error:
+            log.error(
+                "pool %s: %s: half-made, and cannot be removed yet: %s", self._pool_name, home.path, error
+            )
+            return False
 
     def discard_leftover(self, made_id: str) -> None:
         """Remove what an earlier try of this one has left.
@@ -103,23 +130,71 @@ class Builder:
         Raises:
             Aborted: it cannot be removed yet.
         """
-        leftover = self._catalog.find_staged(made_id)
-        if leftover is None:
-            return
-        try:
-            self._discard_staged(leftover)
-        except (OSError, Error) as error:
-            if isinstance(error, OSError) and error.errno == errno.EROFS:
-                raise
-            raise Aborted(
-                f"volume {made_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
-            ) from error
+        with self._working(made_id):
+            leftover = self._catalog.find_staged(made_id)
+            if leftover is None:
+                return
+            try:
+                self._discard_staged(leftover)
+            except (OSError, Error) as error:
+                if isinstance(error, OSError) and error.errno == errno.EROFS:
+                    raise
+                raise Aborted(
+                    f"volume {made_id!r}: what an earlier try left at {leftover.path} cannot be removed yet: {error}"
+                ) from error
+
+    @contextmanager
+    def claimed(self, made_id: str) -> Iterator[None]:
+        """Keep other drivers that have the pool from working with this id while the body runs.
+
+        Raises:
+            Aborted: one of them is.
+        """
+        with self._working(made_id):
+            self._catalog.claim(made_id)
+            try:
+                yield
+            finally:
+                self._give_back(made_id)
 
     def _discard_staged(self, home: Home) -> None:
         try:
             self.discard(home)
         except BaseException:
             # Another driver that has the pool may try.
-            with suppress(Unavailable):
-                self._catalog.abandon(home.id)
+            self._give_back(home.id)
             raise
+
+    def _give_back(self, made_id: str) -> None:
+        try:
+            self._catalog.abandon(made_id)
+        except Unavailable:
+            # If the server was only left alone for a while, the claim is still ours.
+            self._owed.add(made_id)
+
+    @contextmanager
+    def _working(self, made_id: str) -> Iterator[None]:
+        with self._guard:
+            if made_id in self._swept:
+                raise Aborted(f"{made_id!r}: what an earlier try left of it is being removed: repeat")
+            self._at_work[made_id] += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._at_work[made_id] -= 1
+                self._at_work += Counter()  # drop what nobody is at any more
+
+    @contextmanager
+    def _sweeping(self, made_id: str) -> Iterator[bool]:
+        """Keep this driver's calls off for the body, if none is at it: whether that is so."""
+        with self._guard:
+            is_free = not self._at_work[made_id]
+            if is_free:
+                self._swept.add(made_id)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                with self._guard:
+                    self._swept.discard(made_id)

@@ -249,9 +249,13 @@ class Catalog:
         Raises:
             Aborted: another driver that has the pool is making one.
         """
-        self._claim(volume_id)
+        self.claim(volume_id)
         home = self._home(STAGING, volume_id)
-        os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
+        try:
+            os.mkdir(home.name, 0o700, dir_fd=home.area_fd)
+        except OSError:
+            self.abandon(volume_id)
+            raise
         return home
 
     def commit(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> Home:
@@ -259,7 +263,7 @@ class Catalog:
 
         The backend has synced the payload. After a crash the home is either in staging or whole in its place.
         """
-        self._claim(home.id)
+        self.claim(home.id)
         area, file = _PLACES[type(record)]
         home_fd = home.open_directory()
         try:
@@ -331,7 +335,7 @@ class Catalog:
         """
         found = self._standing(STAGING, volume_id)
         if found is not None:
-            self._claim(volume_id)
+            self.claim(volume_id)
         return found
 
     def trashed(self) -> Iterator[tuple[Home, float]]:
@@ -349,7 +353,7 @@ class Catalog:
         if home.area not in (STAGING, TRASH):
             raise Error(f"{home.path}: only staging and trash are ever removed")
         if home.area == STAGING:
-            self._claim(home.id)
+            self.claim(home.id)
         files.remove_tree(home.area_fd, home.name, check)
         if home.area == STAGING:
             self.abandon(home.id)
@@ -370,18 +374,23 @@ class Catalog:
             self.abandon(home.id)
         return True
 
+    def claim(self, home_id: str) -> None:
+        """Claim an id, if it is not ours already.
+
+        Raises:
+            Aborted: another driver that has the pool is working with it.
+        """
+        if self._claims is not None:
+            self._claims.hold(home_id)
+
     def take(self, home_id: str) -> bool:
-        """Claim an id that nobody is working with, here or elsewhere; False: somebody is. `abandon` gives it back."""
+        """Claim an id that nobody is working with, here or elsewhere; False: somebody is. `abandon` gives back what was claimed."""
         return self._claims is None or self._claims.take(home_id)
 
     def abandon(self, home_id: str) -> None:
-        """Leave what is in staging, or what was taken, to whoever comes next, if several drivers have the pool."""
+        """Leave what is in staging, or what was claimed, to whoever comes next, if several drivers have the pool."""
         if self._claims is not None:
             self._claims.give_back(home_id)
-
-    def _claim(self, home_id: str) -> None:
-        if self._claims is not None:
-            self._claims.hold(home_id)
 
     def _names(self, area: str) -> list[str]:
         # Opened anew: a descriptor has one position that threads would share, and btrfs shows in an open directory

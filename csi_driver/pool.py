@@ -9,7 +9,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from csi_driver.catalog import AREAS, GROUPS, Catalog, Home
 from csi_driver.charges import Charges
 from csi_driver.config import PoolConfig
 from csi_driver.errors import (
-    Aborted,
     ConfigurationError,
     Error,
     FailedPrecondition,
@@ -317,21 +316,13 @@ class Pool:
             return
         self._throw_away(home, keep=keep)
 
-    @contextmanager
-    def claim(self, home_id: str) -> Iterator[None]:
+    def claim(self, home_id: str) -> AbstractContextManager[None]:
         """Keep other drivers that have the pool from working with this id while the body runs.
 
         Raises:
             Aborted: one of them is.
         """
-        if not self.catalog.take(home_id):
-            raise Aborted(f"{home_id!r}: another driver that has this pool is working with it: repeat")
-        try:
-            yield
-        finally:
-            # A server that does not answer lets it go by itself.
-            with suppress(Unavailable):
-                self.catalog.abandon(home_id)
+        return self._builder.claimed(home_id)
 
     def create_group(self, record: GroupRecord, check: Callable[[], None]) -> Home:
         """Make a group, which its snapshots, made before, have waited for, if the `check` does not raise at the last moment."""

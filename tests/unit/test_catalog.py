@@ -329,6 +329,19 @@ def test_drivers_that_share_a_pool_keep_out_of_each_other_s_staging(tmp_path: Pa
     two.close()
 
 
+def test_a_home_that_cannot_be_begun_is_nobody_s(tmp_path: Path) -> None:
+    one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
+    volume_id = id_in(one)
+    (tmp_path / "pool/staging" / volume_id).mkdir()
+
+    with pytest.raises(FileExistsError):
+        one.begin(volume_id)
+
+    assert two.find_staged(volume_id) is not None
+    one.close()
+    two.close()
+
+
 def test_what_a_driver_that_died_was_making_is_the_next_one_s(tmp_path: Path) -> None:
     one, two = (Catalog.open(tmp_path / "pool", "memory", exclusive=False) for _ in range(2))
     volume_id = id_in(one)

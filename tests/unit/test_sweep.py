@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What drivers that died have left half made in a pool that several have: the others remove it, and nothing else."""
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import Aborted, FailedPrecondition
+from csi_driver.catalog import Catalog, Home
+from csi_driver.errors import Aborted, FailedPrecondition, Unavailable
 from csi_driver.model import MIB, GroupRecord, TopologyRequirement, VolumeSpec
 from csi_driver.pool import Pool
 from tests.rig import KINDS, Rig, configure, open_rig, volume
@@ -146,4 +148,100 @@ def test_a_home_that_was_swept_while_it_was_made_is_made_by_a_repeat(
     made = one.controller.create_volume(volume("a", MIB))
     one.settle()
     assert two.controller.get_volume(made.id).id == made.id
+    assert left(two) == {}
+
+
+def out_of_reach(*_: object, **__: object) -> object:
+    raise Unavailable("server 'files.example.org': did not answer: asked again in 2 s")
+
+
+def test_what_a_driver_left_while_its_server_did_not_answer_is_swept_up(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a copy was late: the server is left alone, and the child that has the claims lives on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(one.backend, "make", out_of_reach)
+        for method in ("has_committed", "abandon", "remove"):
+            patch.setattr(one.pool.catalog, method, out_of_reach)
+        with pytest.raises(Unavailable):
+            one.controller.create_volume(volume("a", MIB))
+    two.settle()
+    assert left(two).keys() == {"staging"}
+    one.settle()
+    assert left(two) == {}
+    assert two.controller.create_volume(volume("a", MIB)).id
+
+
+def test_a_claim_that_could_not_be_given_back_is_given_back_later(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_id = one.pool.group_id_of("g")
+    with monkeypatch.context() as patch:
+        patch.setattr(one.pool.catalog, "abandon", out_of_reach)
+        with one.pool.claim(group_id):
+            pass
+    with pytest.raises(Aborted), two.pool.claim(group_id):
+        pass
+    with one.pool.claim(group_id), pytest.raises(Aborted), two.pool.claim(group_id):
+        pass
+    with two.pool.claim(group_id):
+        pass
+
+
+def test_a_claim_that_could_not_be_given_back_is_so_by_a_sweep(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_id = one.pool.group_id_of("g")
+    with monkeypatch.context() as patch:
+        patch.setattr(one.pool.catalog, "abandon", out_of_reach)
+        with one.pool.claim(group_id):
+            pass
+    with one.pool.claim(group_id):
+        one.pool.sweep()
+        with pytest.raises(Aborted), two.pool.claim(group_id):
+            pass
+    one.pool.sweep()
+    with two.pool.claim(group_id):
+        pass
+
+
+def test_another_driver_s_home_is_not_cleared_by_one_that_failed(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_id = one.pool.id_of("a")
+    cleared: list[str] = []
+
+    def late(*_: object) -> None:
+        one.pool.catalog.abandon(made_id)  # as by the death of the child that had the claim
+        two.pool.discard_leftover(made_id)
+        two.pool.catalog.begin(made_id)
+        raise OSError(errno.EIO, "late")
+
+    monkeypatch.setattr(one.backend, "make", late)
+    monkeypatch.setattr(one.backend, "clear", lambda home: cleared.append(home.id))
+    with pytest.raises(Aborted, match="another driver"):
+        one.controller.create_volume(volume("a", MIB))
+    assert not cleared
+    assert left(two)["staging"] == [made_id]
+
+
+def test_one_home_that_cannot_go_does_not_keep_the_others(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig_over(one.pool.config.root) as dying:
+        first, *_ = sorted(dying.pool.catalog.begin(dying.pool.id_of(name)).id for name in ("a", "b"))
+    throw = Catalog.throw_staged
+
+    def fails(catalog: Catalog, home: Home) -> bool:
+        if home.id == first:
+            raise OSError(errno.EIO, "cannot be moved")
+        return throw(catalog, home)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "throw_staged", fails)
+        two.settle()
+        assert left(two) == {"staging": [first]}
+        with rig_over(one.pool.config.root) as later:
+            assert later.pool.adopted
+    two.settle()
     assert left(two) == {}
