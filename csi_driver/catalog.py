@@ -160,6 +160,13 @@ class Catalog:
         """The home of a group of snapshots (its record alone), or None."""
         return self._standing(GROUPS, group_id) if self._is_ours(group_id) else None
 
+    def has_group(self, group_id: str) -> bool:
+        """Whether there is one, by the server's word: a client takes what it has looked for in vain for missing for a while.
+
+        Opening a directory has the client ask what is in it now (nfs(5), close-to-open cache consistency).
+        """
+        return group_id in self._names(GROUPS)
+
     def get(self, volume_id: str) -> Home:
         """The volume's home.
 

@@ -8,7 +8,7 @@ it its members, exist; members without it are nobody's, and are removed by the n
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from csi_driver.catalog import SCHEMA, Home
 from csi_driver.copies import Copier
@@ -88,7 +88,8 @@ class Groups:
         found = self._pools.find_group(group_id)
         if found is None:
             self._pools.check_foreign(group_id)
-            self._pools.discard_leftover(group_id)
+            with self._locks.hold(lock_key(group_id)):
+                self._pools.discard_leftover(group_id)
             if snapshot_ids:
                 self._delete_left(group_id, snapshot_ids)
             return
@@ -142,14 +143,19 @@ class Groups:
                 )
                 home = leader.create_group(record, lambda: self._check_complete(record))
             except BaseException:
-                if leader.catalog.find_group(group_id) is None:
-                    self._delete_members(members)
+                # Another driver may be at it by now: who fails to make a home gives its claim back.
+                with suppress(Aborted), leader.claim(group_id):
+                    if not leader.catalog.has_group(group_id):
+                        self._delete_members(members)
                 raise
         return self._read(leader, home)
 
     def _check_complete(self, record: GroupRecord) -> None:
         """A claim ends when its server has not heard of us for long: somebody may have swept meanwhile."""
-        missing = [one for one in record.snapshots.values() if self._pools.find_snapshot(one) is None]
+        members = record.snapshots.values()
+        # Listed, not looked for: a client remembers names for a while that are gone.
+        standing = {home.id for pool in self._pools.holding(*members) for home in pool.catalog.snapshots()}
+        missing = [one for one in members if one not in standing]
         if missing:
             raise Aborted(f"group {record.id!r}: its snapshots {', '.join(missing)} are gone: repeat")
 
@@ -162,7 +168,7 @@ class Groups:
         leader = self._pools.named_of(group_id)
         claim = leader.claim(group_id) if leader is not None else nullcontext()
         with self._locks.hold(lock_key(group_id), *map(lock_key, snapshot_ids)), claim:
-            if self._pools.find_group(group_id) is not None:
+            if self._pools.has_group(group_id):
                 raise Aborted(f"group {group_id!r}: was made just now: repeat")
             for snapshot_id in snapshot_ids:
                 found = self._pools.find_snapshot(snapshot_id)
@@ -173,7 +179,9 @@ class Groups:
         for snapshot_id in snapshot_ids:
             found = self._pools.find_snapshot(snapshot_id)
             if found is not None:
-                found[0].delete_snapshot(found[1])
+                # Another driver that has the pool may sweep up at this moment.
+                with suppress(FileNotFoundError):
+                    found[0].delete_snapshot(found[1])
 
     def _standing(self, name: str, meant: Sequence[Pool]) -> Group | None:
         for pool in self._pools.near(meant):

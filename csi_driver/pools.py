@@ -48,6 +48,11 @@ class Pools:
         home = pool.catalog.find_group(group_id) if pool else None
         return (pool, home) if pool and home else None
 
+    def has_group(self, group_id: str) -> bool:
+        """Whether there is such a group, where much depends on it; see `Catalog.has_group`."""
+        pool = self.named_of(group_id)
+        return pool is not None and pool.catalog.has_group(group_id)
+
     def find_snapshot_name(self, name: str, meant: Collection[Pool]) -> tuple[Pool, Home] | None:
         """The snapshot of this name, in whichever pool it is; see `near`."""
         for pool in self.near(meant):

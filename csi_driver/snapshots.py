@@ -200,7 +200,7 @@ class Snapshots:
         """One that a deleted group has left behind is no group's any more."""
         if not group_id:
             return
-        if self._pools.find_group(group_id) is not None:
+        if self._pools.has_group(group_id):
             raise FailedPrecondition(
                 f"snapshot {snapshot_id!r}: belongs to group {group_id!r}: delete the group"
             )

@@ -4,11 +4,13 @@
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from csi_driver.building import Build, Builder
 from csi_driver.catalog import Catalog, Home
 from csi_driver.errors import Aborted, FailedPrecondition, Unavailable
 from csi_driver.model import MIB, GroupRecord, TopologyRequirement, VolumeSpec
@@ -245,3 +247,80 @@ def test_one_home_that_cannot_go_does_not_keep_the_others(
             assert later.pool.adopted
     two.settle()
     assert left(two) == {}
+
+
+def test_a_group_that_is_not_seen_yet_keeps_its_members(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of a file server takes a name that it has looked for in vain for missing, for up to a minute."""
+    group = make_group(one)
+    standing = Catalog._standing
+
+    def stale(catalog: Catalog, area: str, name: str) -> Home | None:
+        return None if area == "groups" else standing(catalog, area, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "_standing", stale)
+        two.settle()
+        with pytest.raises(Aborted, match="repeat"):
+            two.groups.delete(group.id, list(group.snapshots.values()))
+        with pytest.raises(FailedPrecondition, match="delete the group"):
+            two.snapshots.delete(next(iter(group.snapshots.values())))
+    assert len(two.groups.get(group.id, []).snapshots) == 2
+
+
+def test_a_group_that_is_being_made_is_not_swept_by_a_deletion(
+    one: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building = Builder._building
+
+    @contextmanager
+    def while_deleted(builder: Builder, record: GroupRecord) -> Iterator[Build]:
+        with building(builder, record) as build:
+            if isinstance(record, GroupRecord):
+                with pytest.raises(Aborted, match="another call"):
+                    one.groups.delete(record.id, [])
+            yield build
+
+    monkeypatch.setattr(Builder, "_building", while_deleted)
+    assert len(make_group(one).snapshots) == 2
+
+
+def test_members_that_another_driver_makes_anew_outlive_a_failed_try(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as other:
+
+        def fails(pool: Pool, record: GroupRecord, *_: object) -> object:
+            pool.catalog.abandon(record.id)  # as a commit that failed does
+            other.enter_context(two.pool.claim(record.id))
+            raise OSError(errno.EIO, "late")
+
+        monkeypatch.setattr(Pool, "create_group", fails)
+        with pytest.raises(OSError, match="late"):
+            make_group(one)
+        assert len(left(two)["snapshots"]) == 2
+    two.settle()
+    assert left(two) == {}
+
+
+def test_members_that_another_driver_deletes_at_the_same_moment_are_gone(
+    one: Rig, two: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = make_group(one)
+    delete_group = Pool.delete_group
+
+    def swept(pool: Pool, home: Home) -> None:
+        delete_group(pool, home)
+        find = one.pools.find_snapshot
+
+        def gone(snapshot_id: str) -> object:
+            found = find(snapshot_id)
+            two.groups.sweep(two.pool)
+            return found
+
+        monkeypatch.setattr(one.pools, "find_snapshot", gone)
+
+    monkeypatch.setattr(Pool, "delete_group", swept)
+    one.groups.delete(group.id, list(group.snapshots.values()))
+    assert left(two).keys() == {"trash"}
