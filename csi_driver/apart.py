@@ -27,7 +27,15 @@ from csi_driver.errors import ConfigurationError, Unavailable
 from csi_driver.linux.copy import Transfer
 from csi_driver.linux.export import GONE
 from csi_driver.linux.remote import Breaker, Lane, Task, Worker
-from csi_driver.model import AccessType, Parameters, SizeLimits, VolumeSpec
+from csi_driver.model import (
+    AccessType,
+    GroupRecord,
+    Parameters,
+    Record,
+    SizeLimits,
+    SnapshotRecord,
+    VolumeSpec,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +65,8 @@ class Opening:
 
     config: PoolConfig
     tag: str
+    claims: tuple[str, ...] = ()
+    """What the child before it had claimed, and lost with its life: calls are at it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +128,14 @@ class Child:
         self._config = config
         self._deadlines = deadlines
         self._breaker = breaker
-        self._lane = self._new_lane()
+        self._lane = Lane(breaker, WORKER, self._begin_first)
         # Who opens the pool may have to mount it: one at a time.
         self._opening = threading.Lock()
         self._guard = threading.Lock()
         self._spare: Lane | None = None
         self.opened: Opened | None = None
+        self.claims: set[str] = set()
+        """What is to be claimed for as long as this stands, whichever child does it."""
 
     @property
     def problem(self) -> str:
@@ -179,7 +191,7 @@ class Child:
     def _spare_lane(self) -> Lane:
         with self._guard:
             lane, self._spare = self._spare, None
-        return lane or self._new_lane()
+        return lane or Lane(self._breaker, WORKER, self._begin)
 
     def _give_back(self, lane: Lane) -> None:
         # One stays, for a start takes a third of a second, and each copy has two orders.
@@ -188,21 +200,22 @@ class Child:
         if before is not None:
             before.drop()
 
-    def _new_lane(self) -> Lane:
-        return Lane(self._breaker, WORKER, self._begin)
-
     def _ask(self, lane: Lane, task: Task) -> bytes:
         try:
             return lane.do(task).content
         except (ConfigurationError, OSError) as error:
             raise Unavailable(f"pool {self._config.name!r}: {error}") from error
 
-    def _begin(self, worker: Worker, _end: float) -> None:
+    def _begin_first(self, worker: Worker, end: float) -> None:
+        self._begin(worker, end, tuple(self.claims))
+
+    def _begin(self, worker: Worker, _end: float, claims: tuple[str, ...] = ()) -> None:
         end = time.monotonic() + self._deadlines.open_s
         if not self._opening.acquire(timeout=self._deadlines.open_s):
             raise TimeoutError
         try:
-            worker.tell(encode(Opening(self._config, self.opened.tag if self.opened else "")), end)
+            opening = Opening(self._config, self.opened.tag if self.opened else "", claims)
+            worker.tell(encode(opening), end)
             said = worker.hear(end, lambda: None).content
         finally:
             self._opening.release()
@@ -259,6 +272,27 @@ class ApartCatalog:
     def home(self, volume_id: str) -> Home:
         """Does not look."""
         return _named(volume_id, volume_id, VOLUMES, str(self.root / VOLUMES))
+
+    def begin(self, volume_id: str) -> Home:
+        """A home in staging; it stays claimed though the child dies, if nobody else claims it before there is another."""
+        home = cast(Home, self._child.do(Order("catalog", "begin", (volume_id,))))
+        self._child.claims.add(volume_id)
+        return home
+
+    def claim(self, home_id: str) -> None:
+        """The same for what is claimed."""
+        self._child.do(Order("catalog", "claim", (home_id,)))
+        self._child.claims.add(home_id)
+
+    def commit(self, home: Home, record: Record | SnapshotRecord | GroupRecord) -> Home:
+        """Ends that."""
+        self._child.claims.discard(home.id)
+        return cast(Home, self._child.do(Order("catalog", "commit", (home, record))))
+
+    def abandon(self, home_id: str) -> None:
+        """Ends that, also if the server is not asked."""
+        self._child.claims.discard(home_id)
+        self._child.do(Order("catalog", "abandon", (home_id,)))
 
     def close(self) -> None:
         """End the child."""

@@ -55,6 +55,9 @@ class _Place:
         self.root = opening.config.root
         self.backend = backends.create(opening.config)
         self.catalog = _open(opening.config, self.backend, opening.tag)
+        for home_id in opening.claims:
+            # Another driver may have been faster; who is at it here finds out.
+            self.catalog.take(home_id)
         self._others: dict[str, int] = {}
 
     def home(self, home_id: str, name: str, area: str, area_path: str) -> Home:

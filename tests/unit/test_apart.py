@@ -14,9 +14,10 @@ import pytest
 from csi_driver import apart, backends
 from csi_driver.apart import Deadlines, Order
 from csi_driver.backends.base import Store
+from csi_driver.catalog import Home
 from csi_driver.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable
 from csi_driver.linux.remote import Breaker
-from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement, VolumeRequest
+from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement, VolumeRequest, VolumeSpec
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
 from tests.rig import KINDS, Rig, configure, volume
@@ -163,6 +164,27 @@ def test_another_filesystem_in_the_pool_s_place_is_not_taken_for_it(rig: Rig, tm
 def test_two_drivers_that_find_an_empty_export_make_one_pool(tmp_path: Path, breaker: Breaker) -> None:
     with open_apart(tmp_path / "p", breaker) as one, open_apart(tmp_path / "p", breaker) as two:
         assert one.pool.catalog.tag == two.pool.catalog.tag
+
+
+def test_what_is_being_made_outlives_a_child(
+    rig: Rig, tmp_path: Path, breaker: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = rig.pool.backend.make
+
+    def interrupted(home: Home, spec: VolumeSpec) -> None:
+        make(home, spec)
+        for child in children():
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.1)
+        assert rig.pool.is_present()  # as maintenance asks every ten seconds
+        with open_apart(tmp_path / "p", breaker) as two:
+            two.settle()
+
+    monkeypatch.setattr(rig.pool.backend, "make", interrupted, raising=False)
+    made = rig.controller.create_volume(volume("a", 16 * MIB))
+
+    with open_apart(tmp_path / "p", breaker) as two:
+        assert two.pool.catalog.take(made.id)  # no child of the first one's has it yet
 
 
 def test_a_child_ends_with_its_driver(tmp_path: Path) -> None:
