@@ -306,6 +306,9 @@ class ApartBackend:
         self._local = local
         self._child = child
         self._store: tuple[float, Store] | None = None
+        self._guard = threading.Lock()
+        self._counts = 0
+        """How often something that volumes have written was asked for."""
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return _method(self._child, "backend", method, Backend)
@@ -359,9 +362,11 @@ class ApartBackend:
     def written_bytes(self, home: Home, *, shared: bool = False) -> int:
         """What is free is to be asked anew after that: added to older numbers, what was written since counts twice."""
         written = cast(int, self._child.do(Order("backend", "written_bytes", (home,), {"shared": shared})))
-        known = self._store
-        if known is not None and self._local.features.enforces_capacity:
-            self._store = -math.inf, known[1]
+        if self._local.features.enforces_capacity:
+            with self._guard:
+                self._counts += 1
+                if self._store is not None:
+                    self._store = -math.inf, self._store[1]
         return written
 
     def store(self) -> Store:
@@ -369,13 +374,16 @@ class ApartBackend:
         known = self._store
         if known is not None and (time.monotonic() - known[0] < STORE_S or self._child.problem):
             return known[1]
+        counts = self._counts
         try:
             found = cast(Store, self._child.do(Order("backend", "store")))
         except Unavailable:
             if known is None:
                 raise
             return known[1]
-        self._store = time.monotonic(), found
+        with self._guard:
+            # What was counted meanwhile may be newer.
+            self._store = time.monotonic() if counts == self._counts else -math.inf, found
         return found
 
 

@@ -117,6 +117,29 @@ def test_what_volumes_have_written_is_never_put_beside_older_numbers_of_the_stor
     assert rig.pool.room() == before
 
 
+def test_numbers_of_the_store_that_a_count_has_overtaken_are_not_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = rig.pool.catalog.home(rig.controller.create_volume(volume("a", 16 * MIB)).id)
+    backend, asked = rig.pool.backend, []
+    child = backend._child  # type: ignore[attr-defined]
+    real = child.do
+
+    def do(order: Order) -> object:
+        found = real(order)
+        if order.method == "store":
+            asked.append(found)
+            if len(asked) == 1:
+                backend.written_bytes(home)
+        return found
+
+    backend.written_bytes(home)
+    monkeypatch.setattr(child, "do", do)
+    for _ in range(3):
+        backend.store()
+    assert len(asked) == 2
+
+
 def test_a_child_that_hangs_is_killed_and_its_server_left_alone(rig: Rig, breaker: Breaker) -> None:
     rig.controller.create_volume(volume("a", 16 * MIB))
     (child,) = children()
