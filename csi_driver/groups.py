@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 
 from csi_driver.catalog import SCHEMA, Home
 from csi_driver.copies import Copier
-from csi_driver.errors import Aborted, AlreadyExists, Error, InvalidArgument, NotFound
+from csi_driver.errors import Aborted, AlreadyExists, Error, InvalidArgument, NotFound, Unavailable
 from csi_driver.locks import Locks
 from csi_driver.model import Group, GroupRecord, Segments, Snapshot, lock_key
 from csi_driver.ordering import check_parameters, order_for
@@ -47,6 +47,8 @@ class Groups:
                     self._delete_left(group, [home.id])
             except (Aborted, NotFound) as error:
                 log.debug("left: %s", error)
+            except Unavailable:
+                raise  # so it is for the others
             except (OSError, Error) as error:
                 log.error("pool %s: %s: %s", pool.name, home.path, error)
 

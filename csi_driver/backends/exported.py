@@ -5,6 +5,7 @@ What volumes are there is each backend's own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from csi_driver.backends.parameters import PROVISIONING
 from csi_driver.config import PoolConfig
@@ -14,6 +15,9 @@ from csi_driver.linux import export
 FS_TYPE = "nfs"
 PROVISIONINGS = ("directory", "image")
 """What a pool's volumes are, by its option and by a class's parameter, both called `provisioning`."""
+
+_OPTIONS = ("lookupcache=positive",)
+"""Of controllers: what another one has made is there at once, also for who has looked for it in vain before. nfs(5)."""
 
 
 def source(pool: PoolConfig, server: str, path: str, mount_options: Sequence[str]) -> export.Source:
@@ -42,7 +46,7 @@ def ensure_mounted(pool: PoolConfig, wanted: export.Source) -> None:
             "another root"
         )
     try:
-        export.mount(wanted, pool.root)
+        export.mount(replace(wanted, options=(*_OPTIONS, *wanted.options)), pool.root)
     except OSError as error:
         raise ConfigurationError(
             f"{pool.where}: {wanted.source} cannot be mounted at {pool.root}: {error}"

@@ -117,6 +117,21 @@ def test_either_controller_knows_every_volume(start: Callable[..., Driver]) -> N
     assert [entry.volume.volume_id for entry in listed] == [other.volume_id]
 
 
+def test_a_controller_knows_at_once_what_another_machine_s_has_made(
+    start: Callable[..., Driver], other_machine: Host
+) -> None:
+    one, two = start("one"), start("two", "all", other_machine)
+    volume = create(one, "pvc-1")
+    deletion = pb.DeleteVolumeRequest(volume_id=volume.volume_id)
+    one.controller.DeleteVolume(deletion, timeout=60)
+    # It is nowhere: the client of that machine may remember that.
+    two.controller.DeleteVolume(deletion, timeout=60)
+
+    assert create(one, "pvc-1") == volume
+    two.controller.DeleteVolume(deletion, timeout=60)
+    assert not one.controller.ListVolumes(pb.ListVolumesRequest(), timeout=60).entries
+
+
 def test_the_driver_promises_no_topology(start: Callable[..., Driver]) -> None:
     driver = start("node", "node")
 
