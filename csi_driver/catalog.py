@@ -11,7 +11,6 @@ and who may use it are not this module's business.
 import errno
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ import msgspec
 from csi_driver import handover
 from csi_driver.claims import Claims
 from csi_driver.errors import ConfigurationError, Error, NotFound, ResourceExhausted
+from csi_driver.identity import SCHEMA, PoolRecord, find_identity
 from csi_driver.linux import files
 from csi_driver.model import GroupRecord, Record, SnapshotRecord, VolumeId
 
 R = TypeVar("R", bound=msgspec.Struct)
 
-SCHEMA = 1
-POOL_FILE = "pool.json"
 RECORD_FILE, SNAPSHOT_FILE, GROUP_FILE = "volume.json", "snapshot.json", "group.json"
 LOCK_FILE = "lock"
 AREAS = VOLUMES, SNAPSHOTS, GROUPS, STAGING, TRASH = "volumes", "snapshots", "groups", "staging", "trash"
@@ -41,14 +39,6 @@ _PLACES: dict[type[msgspec.Struct], tuple[str, str]] = {
     GroupRecord: (GROUPS, GROUP_FILE),
 }
 """Where a home with such a record stands, and what the record's file is called."""
-
-
-class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """`pool.json`: written once, moves with the disk."""
-
-    schema: int
-    uuid: str
-    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +75,7 @@ class Catalog:
         # Where others work in the pool too, what is in staging belongs to whoever has claimed it.
         self._claims = None if exclusive else Claims(root_fd)
         self.root_fd = root_fd
-        self.tag = _tag(pool)
+        self.tag = pool.tag
         self._lock_fd = lock_fd
         self._areas = {area: files.ensure_directory(root_fd, area, mode=0o700) for area in AREAS}
 
@@ -112,7 +102,13 @@ class Catalog:
                 "one driver process serves a pool"
             )
         try:
-            return cls(root, root_fd, lock_fd, _pool_record(root, root_fd, backend, tag), exclusive=exclusive)
+            return cls(
+                root,
+                root_fd,
+                lock_fd,
+                find_identity(root, root_fd, backend, tag, VOLUMES),
+                exclusive=exclusive,
+            )
         except BaseException:
             os.close(lock_fd)
             os.close(root_fd)
@@ -426,65 +422,6 @@ class Catalog:
     def _is_ours(self, volume_id: str) -> bool:
         parsed = VolumeId.find(volume_id)
         return parsed is not None and parsed.tag == self.tag
-
-
-def _tag(pool: PoolRecord) -> str:
-    return pool.uuid.replace("-", "")[:8]
-
-
-def _pool_record(root: Path, root_fd: int, backend: str, tag: str) -> PoolRecord:
-    pool = _read_pool(root, root_fd)
-    if pool is None and not tag:
-        _check_unused(root, root_fd)
-        made = PoolRecord(schema=SCHEMA, uuid=str(uuid.uuid4()), backend=backend)
-        files.write_once(root_fd, POOL_FILE, msgspec.json.encode(made))
-        files.sync(root_fd)
-        # Another driver may have been faster, where several may have the pool.
-        pool = _read_pool(root, root_fd)
-    if pool is None or (tag and _tag(pool) != tag):
-        raise ConfigurationError(
-            f"{root / POOL_FILE}: not that of the pool with tag {tag or 'any'} that was here before: another "
-            "filesystem is in its place: bring the right one back, and restart the driver if this one is"
-        )
-    if pool.schema > SCHEMA:
-        raise ConfigurationError(
-            f"{root / POOL_FILE}: written by a newer version of Orlop (schema {pool.schema}, this one knows "
-            f"{SCHEMA}): install that version again"
-        )
-    if pool.backend != backend:
-        raise ConfigurationError(
-            f"pool root {root}: holds a pool of backend {pool.backend!r}, the configuration says {backend!r}: "
-            "correct the configuration or give the new pool another root"
-        )
-    return pool
-
-
-def _read_pool(root: Path, root_fd: int) -> PoolRecord | None:
-    try:
-        return msgspec.json.decode(files.read(root_fd, POOL_FILE), type=PoolRecord)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        raise ConfigurationError(
-            f"{root / POOL_FILE}: damaged ({error}): restore it from a backup"
-        ) from error
-
-
-def _check_unused(root: Path, root_fd: int) -> None:
-    """A new uuid would make the volumes that are there strangers for ever: their ids say the old one."""
-    try:
-        fd = files.open_beneath(root_fd, VOLUMES, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return
-    try:
-        orphan = next((name for name in sorted(os.listdir(fd)) if VolumeId.find(name)), None)
-    finally:
-        os.close(fd)
-    if orphan is not None:
-        raise ConfigurationError(
-            f"{root / POOL_FILE}: missing, but there are volumes, {orphan} for one: restore it from a backup "
-            f"(its uuid begins with {orphan.split('-')[1]})"
-        )
 
 
 def _raw(home: Home, file: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 
-from csi_driver.catalog import SCHEMA, Home
+from csi_driver.catalog import Home
 from csi_driver.copies import Copier
 from csi_driver.errors import Aborted, AlreadyExists, Error, InvalidArgument, NotFound, Unavailable
+from csi_driver.identity import SCHEMA
 from csi_driver.locks import Locks
 from csi_driver.model import Group, GroupRecord, Segments, Snapshot, lock_key
 from csi_driver.ordering import check_parameters, order_for

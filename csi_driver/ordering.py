@@ -7,9 +7,10 @@ How and when it is copied is `copies`' business.
 import time
 from collections.abc import Mapping
 
-from csi_driver.catalog import SCHEMA, Home
+from csi_driver.catalog import Home
 from csi_driver.copies import Copier
 from csi_driver.errors import InvalidArgument, unknown_keys
+from csi_driver.identity import SCHEMA
 from csi_driver.model import SnapshotRecord, VolumeSpec
 from csi_driver.pool import CopyOrder, Pool
 

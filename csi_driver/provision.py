@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from csi_driver import modify
 from csi_driver.backends.base import PAYLOAD_IMAGE
-from csi_driver.catalog import SCHEMA, Home
+from csi_driver.catalog import Home
 from csi_driver.copies import Copier, check_ended, find_source
 from csi_driver.errors import AlreadyExists, Error, InvalidArgument, OutOfRange, ResourceExhausted, invalid
+from csi_driver.identity import SCHEMA
 from csi_driver.model import (
     PLACEMENT_KEYS,
     AccessType,

@@ -10,8 +10,9 @@ from pathlib import Path
 import msgspec
 
 from csi_driver.backends.base import PAYLOAD_DIRECTORY, PAYLOAD_IMAGE
-from csi_driver.catalog import POOL_FILE, RECORD_FILE, SCHEMA, STAGING, TRASH, VOLUMES, PoolRecord
+from csi_driver.catalog import RECORD_FILE, STAGING, TRASH, VOLUMES
 from csi_driver.config import PoolConfig
+from csi_driver.identity import POOL_FILE, SCHEMA, PoolRecord
 from csi_driver.model import Record
 
 

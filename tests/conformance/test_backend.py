@@ -7,8 +7,9 @@ import stat
 import pytest
 
 from csi_driver.backends.base import Device, Directory
-from csi_driver.catalog import SCHEMA, Home
+from csi_driver.catalog import Home
 from csi_driver.errors import InvalidArgument
+from csi_driver.identity import SCHEMA
 from csi_driver.model import MIB, AccessMode, AccessType, Parameters, Record, VolumeSpec
 from csi_driver.provision import parse_parameters
 from tests.rig import Rig, capability, volume

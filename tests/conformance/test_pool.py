@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.catalog import SCHEMA
 from csi_driver.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -18,6 +17,7 @@ from csi_driver.errors import (
     NotFound,
     ResourceExhausted,
 )
+from csi_driver.identity import SCHEMA
 from csi_driver.model import MIB, AccessType, CapacityRange, VolumeId, VolumeSpec, name_hash
 from tests.rig import Rig, volume
 from tests.scene import Scene, in_pod

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from csi_driver.catalog import SCHEMA, Catalog, Home
+from csi_driver.catalog import Catalog, Home
 from csi_driver.errors import Aborted, ConfigurationError, Error, NotFound
+from csi_driver.identity import SCHEMA
 from csi_driver.model import AccessType, Record, VolumeId, name_hash
 
 

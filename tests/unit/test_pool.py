@@ -13,8 +13,9 @@ from typing import cast
 import pytest
 
 from csi_driver.backends.base import Backend
-from csi_driver.catalog import SCHEMA, Catalog, Home
+from csi_driver.catalog import Catalog, Home
 from csi_driver.errors import Aborted, ConfigurationError, ResourceExhausted
+from csi_driver.identity import SCHEMA
 from csi_driver.model import (
     GIB,
     MIB,
