@@ -294,14 +294,9 @@ class ImageBackend:
         return held
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
-        try:
-            image = images.stat(home)
-        except FileNotFoundError:
-            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", images.missing(home))]
-        entries = []
-        if image.st_size < record.size_bytes:
-            message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
-            entries.append(HealthEntry(HealthStatus.DATA_LOSS, "ImageShort", message))
+        entries = images.health(home, record)
+        if any(entry.reason == images.MISSING for entry in entries):
+            return entries
         device = self.find_attached(home, record)
         if device is not None and record.access_type is AccessType.MOUNT:
             entries.extend(_filesystem_health(home, device))

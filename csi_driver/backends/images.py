@@ -16,13 +16,26 @@ from csi_driver.catalog import Home
 from csi_driver.errors import Error, ResourceExhausted, Unavailable, invalid
 from csi_driver.linux import files, filesystem, run
 from csi_driver.linux.filesystem import FILESYSTEMS
-from csi_driver.model import KIB, MIB, TIB, AccessType, Parameters, SizeLimits, VolumeSpec
+from csi_driver.model import (
+    KIB,
+    MIB,
+    TIB,
+    AccessType,
+    HealthEntry,
+    HealthStatus,
+    Parameters,
+    Record,
+    SizeLimits,
+    VolumeSpec,
+)
 
 SECTOR_BYTES = 4 * KIB
 """Logical sector of a device that holds a filesystem: every pool filesystem can do direct I/O at it."""
 
 SMALLEST_DEVICE = MIB
 LARGEST = 16 * TIB
+MISSING = "ImageMissing"
+"""The reason in a health answer that says that there is nothing more to look at."""
 
 
 MOUNT_OPTIONS = {
@@ -116,6 +129,18 @@ def size_bytes(home: Home) -> int:
 def missing(home: Home) -> str:
     """The sentence for an image that is gone."""
     return f"volume {home.id!r}: its image {home.path / PAYLOAD_IMAGE} is missing: restore it from a backup"
+
+
+def health(home: Home, record: Record) -> list[HealthEntry]:
+    """What is wrong with the image as a file."""
+    try:
+        image = stat(home)
+    except FileNotFoundError:
+        return [HealthEntry(HealthStatus.DATA_LOSS, MISSING, missing(home))]
+    if image.st_size < record.size_bytes:
+        message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
+        return [HealthEntry(HealthStatus.DATA_LOSS, "ImageShort", message)]
+    return []
 
 
 def format_image(home: Home, image: str, parameters: Parameters) -> None:

@@ -25,7 +25,6 @@ from csi_driver.model import (
     AccessMode,
     AccessType,
     HealthEntry,
-    HealthStatus,
     Parameters,
     Record,
     SizeLimits,
@@ -187,14 +186,7 @@ class NfsImageBackend:
         return held
 
     def health(self, home: Home, record: Record) -> list[HealthEntry]:
-        try:
-            image = images.stat(home)
-        except FileNotFoundError:
-            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageMissing", images.missing(home))]
-        if image.st_size < record.size_bytes:
-            message = f"volume {home.id!r}: its image has {image.st_size} of {record.size_bytes} bytes"
-            return [HealthEntry(HealthStatus.DATA_LOSS, "ImageShort", message)]
-        return []
+        return images.health(home, record)
 
     def stats(self, home: Home, mounted: int) -> Stats:
         return directories.filesystem_stats(mounted)
