@@ -2,12 +2,12 @@
 """Who is at which home, where several drivers have one pool: locks by id, in one file of the pool that all of them open.
 
 An id's lock is that of one byte of the file, at a place that the id says (fcntl(2), F_OFD_SETLK), so that nothing has to be
-made for a claim, or removed after it. The kernel and the server end it with the process, or with its machine. Not for several
-threads.
+made for a claim, or removed after it. The kernel and the server end it with the process, or with its machine.
 """
 
 import hashlib
 import os
+import threading
 import time
 from contextlib import suppress
 from typing import Final
@@ -28,15 +28,19 @@ class Claims:
         self._held: dict[str, float] = {}
         """When each was made sure of."""
         self._fd = -1
+        # What one thread gives back last must not be closed under another that claims.
+        self._guard = threading.RLock()
 
     def close(self) -> None:
         """Give all of them back."""
-        self._held.clear()
-        self._rest()
+        with self._guard:
+            self._held.clear()
+            self._rest()
 
     def take(self, home_id: str) -> bool:
         """Claim what is nobody's, ours neither; whether that worked."""
-        return home_id not in self._held and self._lock(home_id)
+        with self._guard:
+            return home_id not in self._held and self._lock(home_id)
 
     def hold(self, home_id: str) -> None:
         """Claim it, if it is not ours already.
@@ -44,26 +48,28 @@ class Claims:
         Raises:
             Aborted: another driver has it, perhaps since the server has forgotten us.
         """
-        since = self._held.get(home_id)
-        if since is not None and _now() - since < SURE_S:
-            return
-        # What is ours yet can be locked once more.
-        if not self._lock(home_id):
-            # What this machine still takes for ours must not keep its other drivers off.
-            with suppress(OSError):
-                self.give_back(home_id)
-            raise Aborted(f"{home_id!r}: another driver that has this pool is making it: repeat")
+        with self._guard:
+            since = self._held.get(home_id)
+            if since is not None and _now() - since < SURE_S:
+                return
+            # What is ours yet can be locked once more.
+            if not self._lock(home_id):
+                # What this machine still takes for ours must not keep its other drivers off.
+                with suppress(OSError):
+                    self.give_back(home_id)
+                raise Aborted(f"{home_id!r}: another driver that has this pool is making it: repeat")
 
     def give_back(self, home_id: str) -> None:
         """Let others have it; nothing if it is not ours."""
-        if home_id not in self._held:
-            return
-        del self._held[home_id]
-        try:
-            if self._held:
-                files.unlock_byte(self._fd, _place(home_id))
-        finally:
-            self._rest()
+        with self._guard:
+            if home_id not in self._held:
+                return
+            del self._held[home_id]
+            try:
+                if self._held:
+                    files.unlock_byte(self._fd, _place(home_id))
+            finally:
+                self._rest()
 
     def _lock(self, home_id: str) -> bool:
         if self._fd < 0:

@@ -2,7 +2,9 @@
 """Who is at which home, where several drivers have one pool."""
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,26 @@ def test_a_claim_that_the_server_has_forgotten_is_not_taken_for_ours(
     assert not one.take("a") and not two.take("b")
     two.give_back("a")
     one.hold("a")
+
+
+def test_threads_claim_beside_each_other_and_leave_nothing_open(
+    one: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lock_byte = [], files.lock_byte
+
+    def slow(fd: int, offset: int) -> bool:
+        opened.append(fd)
+        time.sleep(0.001)
+        return lock_byte(fd, offset)
+
+    monkeypatch.setattr(files, "lock_byte", slow)
+
+    def claim(number: int) -> None:
+        for turn in range(10):
+            one.hold(f"{number}-{turn}")
+            one.give_back(f"{number}-{turn}")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(claim, range(16)))
+    assert len(opened) == 160 and len(os.listdir("/proc/self/fd")) == before
