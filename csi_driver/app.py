@@ -9,10 +9,8 @@ import gc
 import logging
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ from csi_driver.linux import memory
 from csi_driver.linux.exports import Exports
 from csi_driver.linux.freeze import Freezer
 from csi_driver.linux.remote import Servers
+from csi_driver.linux.signals import Stopping
 from csi_driver.locks import Locks
 from csi_driver.maintenance import Maintenance
 from csi_driver.metadata import ChangedBlocks
@@ -151,7 +150,7 @@ def serve(arguments: Sequence[str]) -> int:
     # Before there are threads. One heap for twenty threads that share one interpreter's lock saves 1 MB.
     memory.share_arenas(1)
     logs.set_up(options.log_level, options.log_format)
-    stopping = _stop_on_signals()
+    stopping = Stopping()
     try:
         config = _overridden(configuration.load(options.config), options, os.environ)
         endpoint = parse_endpoint(options.endpoint)
@@ -173,7 +172,7 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) ->
     return Options(**vars(given))
 
 
-def _run(driver: Driver, config: Config, options: Options, endpoint: Path, stopping: threading.Event) -> int:
+def _run(driver: Driver, config: Config, options: Options, endpoint: Path, stopping: Stopping) -> int:
     server = Server(driver.handlers, config.workers, "call")
     with ExitStack() as running:
         # Last in, first out: kubelet is told first, the pools are let go last.
@@ -339,20 +338,6 @@ def _serve_http(
     )
     server.start()
     return server.stop
-
-
-def _stop_on_signals() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
-    stopping = threading.Event()
-
-    def on_signal(number: int, _frame: object) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)
-        stopping.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    return stopping
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:

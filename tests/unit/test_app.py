@@ -327,6 +327,7 @@ from csi_driver import app
 from csi_driver.config import load
 from csi_driver.rpc import logs
 from csi_driver.rpc.interceptor import Interceptor
+from csi_driver.linux.signals import Stopping
 from csi_driver.rpc.pb import csi_pb2
 
 class Stuck:
@@ -334,7 +335,7 @@ class Stuck:
         Path(sys.argv[2]).touch()
         threading.Event().wait()
 
-stopping = app._stop_on_signals()
+stopping = Stopping()
 options = app.parse_arguments(sys.argv[3:], {})
 logs.set_up("info", "text")
 config = load(options.config)
