@@ -87,10 +87,14 @@ def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Field 22 of /proc/PID/stat; None for a process that is gone or a zombie."""
+    """Field 22 of /proc/PID/stat; None for a process that is gone or a zombie.
+
+    While any of its threads lives, it has its files, and its ports: a process whose first thread has ended is a zombie already.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
+        threads = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the name in parentheses may hold blanks
-    return None if fields[0] == "Z" else fields[19]
+    return None if fields[0] == "Z" and len(threads) <= 1 else fields[19]
