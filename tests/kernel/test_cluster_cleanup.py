@@ -12,6 +12,23 @@ def run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def test_loop_devices_over_what_a_node_had_mounted_are_found_when_it_is_gone(scratch: Path) -> None:
+    require_tool("losetup", "mount", "unshare")
+    (scratch / "node1/data").mkdir(parents=True)
+    (scratch / "seen").mkdir()
+    run("truncate", "--size", "8M", scratch / "node1/data/default.img")
+    mounted = f"mount --bind {scratch}/node1/data {scratch}/seen"
+    device = run(
+        *("unshare", "--mount", "--propagation=private", "sh", "-c"),
+        f"{mounted} && losetup --find --show {scratch}/seen/default.img",
+    )
+    try:
+        assert run("losetup", "--noheadings", "--output=BACK-FILE", device) == "/default.img"
+        assert loop_devices(scratch / "node1") == [device]
+    finally:
+        run("losetup", "--detach", device)
+
+
 def test_loop_devices_are_found_through_every_filesystem_between(scratch: Path) -> None:
     require_tool("losetup", "mkfs.ext4", "mount")
     place, made, targets = scratch / "node1", [], []

@@ -2,6 +2,7 @@
 """Remove all that a cluster made, whole or half, running or crashed; repeatable."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -66,11 +67,18 @@ def detach_loop_devices(one: layout.Node) -> None:
 
 def loop_devices(directory: Path) -> list[str]:
     """Those over files in the directory, and over files on filesystems on such devices; each comes after what it is on."""
-    columns = "NAME,MAJ:MIN,BACK-FILE,BACK-MAJ:MIN"
+    columns = "NAME,MAJ:MIN,BACK-FILE,BACK-MAJ:MIN,BACK-INO"
     listed = run("losetup", "--list", "--json", "--output", columns)
     rows = json.loads(listed)["loopdevices"] if listed.strip() else []
     found: list[str] = []
     level = [row for row in rows if str(row["back-file"]).startswith(f"{directory}/")]
+    # A file that a node had mounted, by itself or with its directory, is named from there, which is gone with the node.
+    nameless = [row for row in rows if not os.path.exists(row["back-file"])]
+    if nameless:
+        inodes = _inodes(directory)
+        level += [
+            row for row in nameless if (str(row["back-maj:min"]).strip(), int(row["back-ino"])) in inodes
+        ]
     while level:
         found += [row["name"] for row in level]
         disks = {row["maj:min"].strip() for row in level}
@@ -78,6 +86,14 @@ def loop_devices(directory: Path) -> list[str]:
             row for row in rows if str(row["back-maj:min"]).strip() in disks and row["name"] not in found
         ]
     return found
+
+
+def _inodes(directory: Path) -> set[tuple[str, int]]:
+    """Device and number of every file in it, on its own filesystem."""
+    device = directory.stat().st_dev
+    shown = f"{os.major(device)}:{os.minor(device)}"
+    words = ("find", directory, "-xdev", "-type", "f", "-printf", "%i\\n")
+    return {(shown, int(line)) for line in run(*words, check=False).split()}
 
 
 def _remove_cgroup(group: Path) -> None:
