@@ -192,6 +192,14 @@ class Worker:
         except ConnectionResetError as error:
             raise EOFError from error
 
+    def whereabouts(self) -> str:
+        """Which function of the kernel it sleeps in (proc_pid_wchan(5)), so that one knows what it waits for; or "running"."""
+        try:
+            function = Path(f"/proc/{self.pid}/wchan").read_text()
+        except OSError:
+            return "hidden by the kernel"
+        return f"in {function}" if function.strip("0") else "running"
+
     def kill(self) -> bool:
         """Kill it and what it started; whether it is gone."""
         self._connection.close()
@@ -286,11 +294,11 @@ class Lane:
                 worker.tell(told, time.monotonic() + task.timeout_s)
         except (TimeoutError, EOFError) as error:
             self._breaker.was_late()
+            how = f"died within {task.timeout_s:g} s"
+            if isinstance(error, TimeoutError) and self._worker is not None:
+                how = f"did not end within {task.timeout_s:g} s: its process is {self._worker.whereabouts()}"
             self._drop()
-            how = "did not end within" if isinstance(error, TimeoutError) else "died within"
-            raise Unavailable(
-                f"server {self._breaker.name!r}: {task.name} {how} {task.timeout_s:g} s"
-            ) from error
+            raise Unavailable(f"server {self._breaker.name!r}: {task.name} {how}") from error
         except BaseException:
             # Not at its end, so of no more use.
             self._drop()

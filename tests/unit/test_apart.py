@@ -145,7 +145,7 @@ def test_a_child_that_hangs_is_killed_and_its_server_left_alone(rig: Rig, breake
     (child,) = children()
     os.kill(child, signal.SIGSTOP)
 
-    with pytest.raises(Unavailable, match=r"did not end within 0\.5 s"):
+    with pytest.raises(Unavailable, match=r"did not end within 0\.5 s: its process is in do_signal_stop"):
         rig.controller.get_volume(rig.pool.id_of("a"))
     assert not children()
     began = time.monotonic()
