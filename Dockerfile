@@ -3,7 +3,7 @@
 #
 #   docker build -t orlop .      or      buildah bud -t orlop .
 
-FROM debian:bookworm-slim AS build
+FROM debian:12.12-slim AS build
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3-venv \
  && rm -rf /var/lib/apt/lists/*
@@ -20,7 +20,7 @@ COPY csi_driver csi_driver
 RUN /opt/orlop/bin/pip install --no-cache-dir --no-deps . \
  && /opt/orlop/bin/pip uninstall --yes pip setuptools
 
-FROM debian:bookworm-slim
+FROM debian:12.12-slim
 # mkfs, resize and check programs of the filesystems a volume may have, and what mounts NFS; nothing to fetch or to build with.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux nfs-common \
@@ -31,7 +31,8 @@ ENV PATH=/opt/orlop/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 HEALTHCHECK --interval=30s --timeout=3s --start-period=5s \
     CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9808/healthz', timeout=2)"]
 ENTRYPOINT ["orlop"]
-CMD ["serve"]
+# The health check asks there.
+CMD ["serve", "--http=127.0.0.1:9808"]
 # Last, so that another version keeps the layers above.
 ARG VERSION=dev
 LABEL org.opencontainers.image.title="Orlop" \

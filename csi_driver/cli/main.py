@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what each command is called, takes and says of itself. What it does is a module of its own."""
 
+import os
+import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -117,6 +120,9 @@ def doctor(
     ] = None,
     endpoint: Endpoint = None,
     kubelet_dir: KubeletDir = Path("/var/lib/kubelet"),
+    running: Annotated[
+        bool, typer.Option("--running", help="A driver must be running here, and kubelet know it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what this machine lacks, why it matters, what to do.
@@ -128,7 +134,7 @@ def doctor(
     """
     from csi_driver.cli.doctor import doctor as run
 
-    code = run(config, pool_root or [], endpoint, kubelet_dir, as_json=as_json)
+    code = run(config, pool_root or [], endpoint, kubelet_dir, running=running, as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -266,4 +272,9 @@ def version(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Every command but `serve`."""
-    app(prog_name="orlop")
+    try:
+        app(prog_name="orlop")
+    except Exception:  # noqa: BLE001 - the last one there is
+        # Python would say 1, which commands have a meaning for.
+        traceback.print_exc()
+        sys.exit(os.EX_SOFTWARE)

@@ -15,8 +15,12 @@ cluster-deploy: cluster  ## build the driver's image and install it in the clust
 	@tests/cluster/cluster deploy
 
 .PHONY: test-cluster
+test-cluster: SHELL := /bin/bash
 test-cluster: venv cluster-deploy  ## every way a user meets a volume, in a real cluster; logs are shown on failure
-	@.venv/bin/pytest -m "cluster and not lab" $(ARGS) || { tests/cluster/cluster logs; exit 1; }
+	@# The verdict last: who reads only the end of this wants that, not a kubelet's last lines.
+	@mkdir -p .cache
+	@set -o pipefail; .venv/bin/pytest -m "cluster and not lab" $(ARGS) 2>&1 | tee .cache/test-cluster.log \
+	    || { tests/cluster/cluster logs; tail -n 120 .cache/test-cluster.log; exit 1; }
 
 .PHONY: bench-cluster
 bench-cluster: CLUSTER_NODES = 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chart and the kustomize files say the same, and what they say keeps the project's rules."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ import yaml
 
 from csi_driver import app
 from csi_driver import config as configuration
+from csi_driver.backends import btrfs, directory, nfs, nfs_image
+from csi_driver.backends.image import ImageOptions
 from tests.cluster.harness import programs
 from tests.conftest import unavailable
 
@@ -97,6 +100,7 @@ def settings_of(config_map: dict[str, Any]) -> list[str]:
                 *("pools.default.backend=image", "pools.default.root=/data/orlop/default"),
                 *("pools.default.backing.file=/data/orlop/default.img", "pools.default.backing.size=50Gi"),
                 "pools.default.backing.filesystem=xfs",
+                "resizer.replicas=1",
                 *("storageClasses[0].name=orlop", "storageClasses[0].default=true"),
             ),
         ),
@@ -355,6 +359,28 @@ def test_every_right_says_who_needs_it() -> None:
             assert comment.startswith("# "), lines[index + 1]
 
 
+def test_the_schema_knows_the_keys_that_a_configuration_may_have() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    of_backends = {
+        "pools": (ImageOptions, directory._Options, btrfs._Options),
+        "shared.pools": (nfs._Options, nfs_image._Options, directory._Options),
+    }
+    common = set(configuration._Pool.__struct_fields__)
+    for where, kinds in of_backends.items():
+        keys = common | {key for kind in kinds for key in kind.__struct_fields__}
+        # What is on a server has no filesystem of its own.
+        keys -= {"backing"} if where == "shared.pools" else set()
+        pools = schema
+        for name in where.split("."):
+            pools = pools["properties"][name]
+        (pool,) = pools["patternProperties"].values()
+        assert set(pool["properties"]) == keys, where
+    # The rest are values of the chart's own, or differ from node to node.
+    others = {"pools", "driver_name", "scope", "node_id"}
+    settings = schema["definitions"]["settings"]["properties"]
+    assert set(settings) == set(configuration._File.__struct_fields__) - others
+
+
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
@@ -381,6 +407,11 @@ def test_every_right_says_who_needs_it() -> None:
         ("shared.node.httpport=1", "httpport"),
         ("storageClasses[0].volumeBindingMode=Later", "volumeBindingMode"),
         ("snapshots.classes[0].deletionPolicy=Never", "deletionPolicy"),
+        ("pools.fast.root=/a/b,pools.fast.retention_=24h", "retention_"),
+        ("shared.pools.team.backend=nfs,shared.pools.team.server_=a", "server_"),
+        ("config.drain_timeouts=1s", "drain_timeouts"),
+        ("config.region=here", "region"),
+        ("shared.config.workers_=2", "workers_"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(value: str, complaint: str) -> None:

@@ -211,3 +211,27 @@ def test_sizes_are_told_in_the_unit_that_fits(number: int, text: str) -> None:
 )
 def test_durations_are_told_in_the_unit_that_says_them_exactly(seconds: float, text: str) -> None:
     assert words.duration(seconds) == text
+
+
+def test_doctor_takes_a_missing_driver_for_an_error_where_one_must_be(tmp_path: Path) -> None:
+    nobody = ("--endpoint", tmp_path / "csi.sock", "--kubelet-dir", tmp_path, "--json")
+    levels = {}
+    for running in ((), ("--running",)):
+        findings = json.loads(orlop("doctor", *nobody, *running).stdout)["findings"]
+        levels[running] = {one["what"].partition(":")[0]: one["level"] for one in findings}
+
+    registry = str(tmp_path / "plugins_registry")
+    assert levels[()][registry] == "warning"
+    assert levels["--running",][registry] == "error"
+    missing = [one for one in findings if one["area"] == "driver"]
+    assert [one["level"] for one in missing] == ["error"]
+
+
+def test_what_no_command_expected_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    code = "import csi_driver.cli.main as m; m.terminal = None; m.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "version"], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == os.EX_SOFTWARE
+    assert "Traceback" in done.stderr

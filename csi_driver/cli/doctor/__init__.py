@@ -26,12 +26,13 @@ def doctor(
     endpoint: str | None,
     kubelet_dir: Path,
     *,
+    running: bool,
     as_json: bool,
 ) -> int:
-    """Look at everything; returns the exit code, which is that of the worst finding."""
+    """Look at everything; returns the exit code, which is that of the worst finding. `running`: that a driver must be."""
     findings: list[Finding] = []
     shown = ""
-    for finding in _look(config_path, pool_roots, endpoint, kubelet_dir):
+    for finding in _look(config_path, pool_roots, endpoint, kubelet_dir, running=running):
         findings.append(finding)
         if not as_json:
             shown = _show(finding, shown)
@@ -44,7 +45,12 @@ def doctor(
 
 
 def _look(
-    config_path: Path | None, pool_roots: list[Path], endpoint: str | None, kubelet_dir: Path
+    config_path: Path | None,
+    pool_roots: list[Path],
+    endpoint: str | None,
+    kubelet_dir: Path,
+    *,
+    running: bool,
 ) -> Iterator[Finding]:
     yield from look_at_kernel()
     yield from look_at_loops()
@@ -55,8 +61,8 @@ def _look(
         yield from look_at_pool(pool)
     for root in pool_roots:
         yield from look_at_directory(f"root {root}", root)
-    yield from look_at_driver(settings.endpoint_of(endpoint, config, kubelet_dir))
-    yield from look_at_kubelet(kubelet_dir, config.driver_name if config else DRIVER_NAME)
+    yield from look_at_driver(settings.endpoint_of(endpoint, config, kubelet_dir), expected=running)
+    yield from look_at_kubelet(kubelet_dir, config.driver_name if config else DRIVER_NAME, expected=running)
 
 
 def _configuration(path: Path | None, has_roots: bool) -> tuple[Config | None, Finding]:

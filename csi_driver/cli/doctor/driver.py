@@ -2,7 +2,7 @@
 """A driver that should be running: whether its socket answers, whether kubelet knows it, and kubelet's directory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -16,10 +16,12 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 
 DRIVER, KUBELET = "driver", "kubelet"
 QUICK_S = 1.0
+Problem = Callable[[str, str, str, str], Finding]
 
 
-def look_at_driver(endpoint: str) -> Iterator[Finding]:
-    """Whether somebody answers there, and is ready."""
+def look_at_driver(endpoint: str, *, expected: bool) -> Iterator[Finding]:
+    """Whether somebody answers there, and is ready; an error if not, where one is `expected`."""
+    problem = error if expected else warning
     try:
         with connected(endpoint, QUICK_S) as client:
             with refusals("GetPluginInfo"):
@@ -28,20 +30,23 @@ def look_at_driver(endpoint: str) -> Iterator[Finding]:
             with refusals("Probe"):
                 probe = client.identity.Probe(pb.ProbeRequest(), timeout=TIMEOUT_S)
             if not probe.ready.value:
-                yield warning(DRIVER, "says that it is not ready", "calls will be refused", "see its log")
+                yield problem(DRIVER, "says that it is not ready", "calls will be refused", "see its log")
     except CallFailed as failure:
-        yield warning(
+        yield problem(
             DRIVER,
             str(failure),
-            "if a driver should be running here, pods cannot get volumes",
+            "pods cannot get volumes"
+            if expected
+            else "if a driver should be running here, pods cannot get volumes",
             "start it (orlop serve), or name its socket with --endpoint",
         )
 
 
-def look_at_kubelet(directory: Path, driver_name: str) -> Iterator[Finding]:
-    """Kubelet's directory: there, shared, and with the driver's registration."""
+def look_at_kubelet(directory: Path, driver_name: str, *, expected: bool) -> Iterator[Finding]:
+    """Kubelet's directory: there, shared, and with the driver's registration, whose lack is an error where one is `expected`."""
+    problem = error if expected else warning
     if not directory.is_dir():
-        yield warning(
+        yield problem(
             KUBELET,
             f"{directory} is not here",
             "on a node of a cluster, volumes are mounted beneath it; elsewhere it does not matter",
@@ -49,7 +54,7 @@ def look_at_kubelet(directory: Path, driver_name: str) -> Iterator[Finding]:
         )
         return
     yield from _look_at_propagation(directory)
-    yield from _look_at_registration(directory / "plugins_registry", driver_name)
+    yield from _look_at_registration(directory / "plugins_registry", driver_name, problem)
 
 
 def _look_at_propagation(directory: Path) -> Iterator[Finding]:
@@ -81,10 +86,10 @@ def _mount_of(directory: Path) -> Mount | None:
     return max(reversed(above), key=lambda one: len(one.target), default=None)
 
 
-def _look_at_registration(registry: Path, driver_name: str) -> Iterator[Finding]:
+def _look_at_registration(registry: Path, driver_name: str, problem: Problem) -> Iterator[Finding]:
     sockets = sorted(registry.glob(f"*{driver_name}*.sock")) if registry.is_dir() else []
     if not sockets:
-        yield warning(
+        yield problem(
             KUBELET,
             f"{registry}: no socket of {driver_name}",
             "kubelet does not know the driver, and calls it for no pod",

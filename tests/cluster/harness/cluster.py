@@ -32,6 +32,12 @@ def up(count: int) -> None:
     archives = build()
     if is_up(count):
         return print(usage())
+    standing = len(layout.existing_nodes())
+    if standing not in (0, count) and is_up(standing):
+        # It may be somebody's, with all they keep in it.
+        raise SystemExit(
+            f"a cluster of {standing} node(s) is running: `make cluster-down` removes it, with all its data"
+        )
     cleanup.remove_all()  # what a crash or another size of cluster left
     try:
         start([Node(number) for number in range(1, count + 1)], archives)
@@ -124,7 +130,8 @@ def usage() -> str:
 
 def log_files() -> list[Path]:
     components = (file for file in layout.LOGS.glob("*.log") if not file.name.startswith("audit"))
-    return sorted([*components, *layout.ROOT.glob("node*/log/*.log")])
+    orlop = layout.ROOT.glob("node*/root/var/log/pods/orlop_*/*/*.log")
+    return sorted([*components, *layout.ROOT.glob("node*/log/*.log"), *orlop])
 
 
 def tails(lines: int = 15) -> str:
@@ -142,6 +149,8 @@ def _make_shared_disk() -> None:
 
 
 def _for_all(nodes: list[Node], action: Callable[[Node], None]) -> None:
+    if not nodes:
+        raise SystemExit("there is no cluster: `make cluster` starts one")
     with ThreadPoolExecutor(len(nodes)) as pool:
         list(pool.map(action, nodes))
 

@@ -3,7 +3,7 @@
 
 buildah runs the Dockerfile in a chroot, on a Debian base that mmdebstrap makes and that is tagged as the
 Dockerfile's FROM line names it. The base carries this machine's certificates and pip configuration, so
-that the build reaches what this machine reaches, and nothing else that debian:bookworm-slim has not.
+that the build reaches what this machine reaches, and nothing else that the image of that name has not.
 """
 
 import configparser
@@ -23,6 +23,8 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 # Not their usual place in the base: the package ca-certificates, should a Dockerfile install it, rewrites that.
 CERTIFICATES_IN_BASE = "/etc/ssl/machine.crt"
 PIP_CONFIGURATIONS = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf")
+SUITES = {"12": "bookworm", "13": "trixie"}
+"""What Debian's archive calls a release; mmdebstrap makes its newest point release, whichever the Dockerfile pins."""
 STORAGE = programs.cache_directory() / "buildah"
 
 
@@ -74,7 +76,7 @@ def _base_image_name() -> str:
 def _make_base(name: str) -> None:
     print(f"making {name} by mmdebstrap (about a minute, once)", flush=True)
     archive = STORAGE / "base.tar"
-    suite = name.rpartition(":")[2].removesuffix("-slim")
+    suite = SUITES[name.rpartition(":")[2].partition(".")[0]]
     _run(["mmdebstrap", "--quiet", "--variant=minbase", suite, os.fspath(archive)], log="build-base.log")
     container = _buildah("from", "scratch").strip()
     _buildah("add", container, os.fspath(archive), "/")
