@@ -132,6 +132,18 @@ def test_helm_test_asks_every_nodes_doctor(installed: None) -> None:
     assert said.count("Phase:          Succeeded") == 2
 
 
+def test_helm_test_fails_where_no_driver_runs(installed: None) -> None:
+    kube.kubectl("--namespace", deploy.NAMESPACE, "delete", "daemonset/orlop-node", "--cascade=foreground")
+    try:
+        with pytest.raises(RuntimeError, match="orlop-doctor"):
+            run("helm", "test", "orlop", "--namespace", deploy.NAMESPACE, "--timeout=240s")
+        said = kube.kubectl("--namespace", deploy.NAMESPACE, "logs", "orlop-doctor-0")
+        assert "error" in said and "pods cannot get volumes" in said
+    finally:
+        deploy.install()
+        deploy.wait()
+
+
 def end_managed_pool(one: layout.Node) -> None:
     """As docs/operations.md tells it; the mount is the node's own, and has outlived the driver's pod."""
     node.execute(one, "umount", "/data/orlop/default")
