@@ -121,7 +121,7 @@ class Images:
             gone = self._exports.keeper_of(devices[0]).call(
                 "let_go", _LET_GO_S, always=True,
                 volume_id=volume_id, target=os.fspath(target), patience_s=_PATIENCE_S,
-                node=self._node_id, user_file=USER_FILE,
+                node=self._node_id, user_file=USER_FILE, exports=os.fspath(self._exports.directory),
             )[0]["gone"]  # fmt: skip
         except Unavailable:
             # The mount is gone before its last user waits for the server.
@@ -190,6 +190,7 @@ class Images:
             volume_id=volume_id,
             node=self._node_id,
             path=os.fspath(grown_at) if shown.is_directory else "",
+            exports=os.fspath(self._exports.directory),
         )[0]
         size_bytes = int(grown["size_bytes"])
         if size_bytes < wanted.required_bytes:
@@ -212,7 +213,8 @@ class Images:
         entries = []
         try:
             # How full a filesystem on a device is, the kernel knows without its server: the image itself is looked at.
-            asked = devices[0].backing.parent
+            base = self._exports.base_of(devices[0])
+            asked = base.target if base is not None else devices[0].backing.parent
             self._exports.keeper_of(devices[0]).call("usage", _LET_GO_S, path=os.fspath(asked))
         except (Unavailable, OSError) as error:
             message = f"volume {volume_id!r}: its image {devices[0].backing}: {error}"
@@ -305,13 +307,19 @@ end the pods that use it"
             raise _not_staged(request.volume_id)
         sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
         keeper = self._exports.keeper_of(held)
-        path = "/".join(part for part in (PAYLOAD_DIRECTORY, sub_path) if part)
-        words: dict[str, Any] = {"root": os.fspath(staging), "path": path}
+        root = os.fspath(staging)
         with in_the_way(sub_path):
             if sub_path:
-                fd = keeper.call("ensure", _LET_GO_S, owner=owner(context), **words)[1]
+                fd = keeper.call(
+                    "ensure",
+                    _LET_GO_S,
+                    root=root,
+                    directory=PAYLOAD_DIRECTORY,
+                    path=sub_path,
+                    owner=owner(context),
+                )[1]
             else:
-                fd = keeper.call("open", _LET_GO_S, **words)[1]
+                fd = keeper.call("open", _LET_GO_S, root=root, path=PAYLOAD_DIRECTORY)[1]
         try:
             yield fd
         finally:

@@ -17,8 +17,8 @@ from csi_driver.backends.parameters import FS_TYPE
 from csi_driver.catalog import VOLUMES
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
-from csi_driver.linux.export import Source
-from csi_driver.linux.exports import Exports
+from csi_driver.linux.export import Source, bracketed, normal_path
+from csi_driver.linux.exports import Exports, Wanted
 from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Record, Stats
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
@@ -59,21 +59,24 @@ def export_opened(exports: Exports, request: PublishRequest, options: Sequence[s
     known = _EXPORT_KEYS if SERVER in context else _ROOT_KEYS
     if context.keys() - set(known):
         raise InvalidArgument(unknown_keys("volume_context", context.keys() - set(known), known))
+    directory = context.get(DIRECTORY, "")
     sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
-    path = "/".join(part for part in (context.get(DIRECTORY, ""), sub_path) if part)
-    make = owner(context) if sub_path else None
+    # In what others made, a reader changes nothing.
+    ours = f"/{VOLUMES}/{request.volume_id}/" in f"/{directory}/"
+    reads = request.readonly or request.capability.access_mode.reader_only
+    wanted = Wanted(directory, sub_path, owner(context) if ours or not reads else None)
     if SERVER in context:
         source = source_of(context, options)
-        opened, place = exports.opened(source, path, make), source.source
+        opened, place = exports.opened(source, wanted), source.source
     else:
         root = _root(exports, context, options)
-        opened, place = exports.opened_in(root, path, make), os.fspath(root)
+        opened, place = exports.opened_in(root, wanted), os.fspath(root)
     try:
         with opened as fd:
             yield fd
     except FileNotFoundError as error:
         raise NotFound(
-            f"volume_context: no directory {path or '.'!r} at {place!r} (is its filesystem mounted?): {error}"
+            f"volume_context: no directory {wanted.path or '.'!r} at {place!r} (is its filesystem mounted?): {error}"
         ) from error
 
 
@@ -146,8 +149,7 @@ def _options(context: Mapping[str, str]) -> list[str]:
 def _server(name: str) -> str:
     if not _SERVER.fullmatch(name):
         raise invalid(f"volume_context.{SERVER}", name, "give a server's name or address")
-    # An IPv6 address would be cut at its first colon.
-    return f"[{name}]" if ":" in name and not name.startswith("[") else name
+    return bracketed(name)
 
 
 def _exported(context: Mapping[str, str]) -> str:
@@ -156,7 +158,7 @@ def _exported(context: Mapping[str, str]) -> str:
         raise InvalidArgument(f"volume_context: {PATH} and {SHARE} are the same thing: give one of them")
     if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
         raise invalid(f"volume_context.{PATH}", path, "give the absolute path of an export, without '..'")
-    return path
+    return normal_path(path)
 
 
 @contextmanager

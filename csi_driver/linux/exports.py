@@ -6,10 +6,12 @@ Which exports may be used, and where they are shown, is the caller's business.
 """
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -21,7 +23,23 @@ from csi_driver.linux.remote import Server, Servers
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 _UNMOUNT_S: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A directory that must be there, and one beneath it. That one is made if it is missing and an `owner` given: mode, uid, gid."""
+
+    directory: str = ""
+    sub_path: str = ""
+    owner: dict[str, int] | None = None
+
+    @property
+    def path(self) -> str:
+        """Both."""
+        return "/".join(part for part in (self.directory, self.sub_path) if part)
 
 
 class Exports:
@@ -46,8 +64,8 @@ class Exports:
         self._users: dict[str, int] = {}
 
     @contextmanager
-    def opened(self, source: Source, path: str, make: dict[str, int] | None = None) -> Iterator[int]:
-        """A descriptor of the directory `path` on the export, made if `make` (mode, uid, gid) is given.
+    def opened(self, source: Source, wanted: Wanted) -> Iterator[int]:
+        """A descriptor of the directory on the export.
 
         A mount that has gone stale is replaced by a new one.
 
@@ -57,17 +75,17 @@ class Exports:
             OSError: ENOENT no such directory, ELOOP or EXDEV a way out of the export, what mounting says.
         """
         with self._in_use(source):
-            fd = self._open(source, path, make)
+            fd = self._open(source, wanted)
             try:
                 yield fd
             finally:
                 os.close(fd)
 
     @contextmanager
-    def opened_in(self, root: Path, path: str, make: dict[str, int] | None = None) -> Iterator[int]:
+    def opened_in(self, root: Path, wanted: Wanted) -> Iterator[int]:
         """The same for a directory beneath one of the roots, which is mounted anew by others only."""
         try:
-            fd = self._ask(self._servers.named(os.fspath(root)), root, path, make)
+            fd = self._ask(self._servers.named(os.fspath(root)), root, wanted)
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -181,18 +199,26 @@ class Exports:
             self.unmount(target, lazy=True)
 
     def release_unused(self) -> None:
-        """Unmount every export that nothing is published from any more."""
-        known = mount.mounts()
-        for entry in known:
-            target = Path(entry.target)
-            if target.parent != self.directory:
-                continue
+        """Unmount every export that nothing is published from any more. One that cannot be is left to the next call."""
+        for target in {Path(entry.target) for entry in self._bases()}:
             with self._lock(target.name):
-                shown = any(one.device == entry.device and one.target != entry.target for one in known)
-                shown = shown or any(held.backing.is_relative_to(target) for held in fence.all(self._node))
-                if not shown and not self._users.get(target.name):
-                    self.unmount(target, lazy=True)
-                    target.rmdir()
+                try:
+                    self._release(target)
+                except (OSError, Unavailable) as error:
+                    # Whose volume is unpublished now may be another server's.
+                    log.warning("%s: not released: %s", target, error)
+
+    def _release(self, target: Path) -> None:
+        # Asked under its lock: another call may have released it meanwhile, or come to use it.
+        known = mount.mounts()
+        devices = {entry.device for entry in known if Path(entry.target) == target}
+        shown = any(one.device in devices and Path(one.target) != target for one in known)
+        shown = shown or any(held.export in devices for held in fence.all(self._node))
+        if not devices or shown or self._users.get(target.name):
+            return
+        self.unmount(target, lazy=True)
+        with suppress(FileNotFoundError):
+            target.rmdir()
 
     def _find_server(self, target: Path) -> Server | None:
         """Whom to ask about what is mounted there; None: nothing is, or it is of this machine. Asks nobody itself."""
@@ -213,17 +239,21 @@ class Exports:
 
     def _server_of(self, held: fence.Held) -> str:
         """The server that has its image. Asks nobody."""
-        base = self._base_of(held)
-        return Source(base.source).server if base is not None else os.fspath(held.backing)
+        base = self.base_of(held)
+        # Without one its name is not known; still all images of one export go by one.
+        return Source(base.source).server if base is not None else f"export {os.minor(held.export)}"
 
-    def _base_of(self, held: fence.Held) -> mount.Mount | None:
-        known = (one for one in mountinfo.mounts() if Path(one.target).parent == self.directory)
-        return next((one for one in known if held.backing.is_relative_to(one.target)), None)
+    def base_of(self, held: fence.Held) -> mount.Mount | None:
+        """Where the export with its image is mounted. Not by the image's path, which is the mount's of who attached it."""
+        return next((one for one in self._bases() if one.device == held.export), None)
+
+    def _bases(self) -> list[mount.Mount]:
+        return [one for one in mountinfo.mounts() if Path(one.target).parent == self.directory]
 
     def _answers(self, server: Server, target: Path) -> bool:
         entry = next((one for one in reversed(mountinfo.mounts()) if one.target == os.fspath(target)), None)
         held = _held_at(entry) if entry is not None else None
-        base = self._base_of(held) if held is not None else None
+        base = self.base_of(held) if held is not None else None
         # How full a filesystem on a device is, the kernel knows by itself.
         asked = Path(base.target) if base is not None else target
         try:
@@ -232,23 +262,31 @@ class Exports:
             return False
         return True
 
-    def _open(self, source: Source, path: str, make: dict[str, int] | None) -> int:
+    def _open(self, source: Source, wanted: Wanted) -> int:
         server = self._servers.named(source.server)
         root = self._ensure_mounted(server, source)
         try:
-            return self._ask(server, root, path, make)
+            return self._ask(server, root, wanted)
         except OSError as error:
             if error.errno not in GONE:
                 raise
         with self._lock(source.key):
             self.unmount(root, lazy=True)
         root = self._ensure_mounted(server, source)
-        return self._ask(server, root, path, make)
+        return self._ask(server, root, wanted)
 
-    def _ask(self, server: Server, root: Path, path: str, make: dict[str, int] | None) -> int:
-        if make is None:
-            return server.call("open", self._timeout_s, root=os.fspath(root), path=path)[1]
-        return server.call("ensure", self._timeout_s, root=os.fspath(root), path=path, owner=make)[1]
+    def _ask(self, server: Server, root: Path, wanted: Wanted) -> int:
+        where, timeout_s = os.fspath(root), self._timeout_s
+        if wanted.owner is None or not wanted.sub_path:
+            return server.call("open", timeout_s, root=where, path=wanted.path)[1]
+        return server.call(
+            "ensure",
+            timeout_s,
+            root=where,
+            directory=wanted.directory,
+            path=wanted.sub_path,
+            owner=wanted.owner,
+        )[1]
 
     def _ensure_mounted(self, server: Server, source: Source) -> Path:
         target = self.directory / source.key

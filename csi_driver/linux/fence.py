@@ -32,12 +32,17 @@ _O_PATH_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLO
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A volume's image behind a loop device. `backing` is its path, as far as this process can see one."""
+    """A volume's image behind a loop device.
+
+    `backing` is its path in the mount that it was opened by. When the mount namespace of who did that has ended (a pod that
+    was replaced), that begins at the export's root. `export` is the device of the export's mounts, wherever they are.
+    """
 
     number: int
     owner: int
     volume_id: str
     backing: Path
+    export: int
     device: int
     size_bytes: int
     readonly: bool
@@ -73,8 +78,8 @@ def _owner(node: str) -> int:
 
 
 def _look(number: int) -> Held | None:
-    owner = loop.remote_owner(number)
-    if owner is None:
+    remote = loop.remote(number)
+    if remote is None:
         return None
     folder = _SYS_BLOCK / f"loop{number}"
     try:
@@ -88,9 +93,10 @@ def _look(number: int) -> Held | None:
     found = IMAGE.search(backing)
     return Held(
         number=number,
-        owner=owner,
+        owner=remote.owner,
         volume_id=found["id"] if found else "",
         backing=Path(backing),
+        export=remote.device,
         device=os.makedev(int(major), int(minor)),
         size_bytes=size * 512,
         readonly=bool(readonly),
@@ -128,7 +134,11 @@ def problem(root: Path) -> str:
 def hold(image_fd: int, node: str, *, readonly: bool, sector_size: int, discard: bool) -> Held:
     """Put the locked image behind a loop device, which keeps the lock. May wait for the server."""
     attached = loop.attach(
-        image_fd, readonly=readonly, sector_size=sector_size, discard=discard, remote_owner=_owner(node)
+        image_fd,
+        readonly=readonly,
+        sector_size=sector_size,
+        discard=discard,
+        remote=loop.Remote(_owner(node), os.fstat(image_fd).st_dev),
     )
     held = _look(attached.number)
     if held is None:
@@ -147,12 +157,12 @@ def keep(held: Held) -> bool:
         os.close(fd)
 
 
-def refresh(held: Held) -> Held:
-    """Let the device take the size that its image has now. May wait."""
+def refresh(held: Held, image: Path) -> Held:
+    """Let the device take the size that its image (see `seen`) has now. May wait."""
     # Opening it is what makes this machine ask for the size that another one has given it.
-    files_fd = os.open(held.backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    image_fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        os.fstat(files_fd)
+        os.fstat(image_fd)
         fd = _open(held)
         if fd is None:
             raise OSError(errno.ENXIO, "the loop device no longer has this image", os.fspath(held.path))
@@ -161,9 +171,26 @@ def refresh(held: Held) -> Held:
         finally:
             os.close(fd)
     finally:
-        os.close(files_fd)
+        os.close(image_fd)
     found = _look(held.number)
     return found or held
+
+
+def seen(held: Held, exports: Path) -> Path:
+    """The image, where its export is mounted now, in a directory in `exports`. May wait.
+
+    Raises FileNotFoundError: it is not there any more, or its export is not mounted.
+    """
+    for one in mountinfo.mounts():
+        if one.device == held.export and Path(one.target).parent == exports:
+            inside = held.backing.is_relative_to(one.target)
+            path = Path(one.target) / held.backing.relative_to(one.target if inside else "/")
+            # Two exports of one server may be one filesystem to the kernel.
+            if path.exists():
+                return path
+    raise FileNotFoundError(
+        errno.ENOENT, "its export is not mounted, or the image is gone", os.fspath(held.backing)
+    )
 
 
 def let_go(volume_id: str, node: str, target: Path, patience_s: float) -> bool:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def mount_held(request: dict[str, Any]) -> Found:
 def grow_held(request: dict[str, Any]) -> Found:
     """Let devices, and the filesystem that is mounted at a path, be as large as the image is now."""
     size_bytes = max(
-        fence.refresh(held).size_bytes for held in fence.find(request["volume_id"], request["node"])
+        fence.refresh(held, fence.seen(held, Path(request["exports"]))).size_bytes
+        for held in fence.find(request["volume_id"], request["node"])
     )
     later = False
     if request["path"]:
@@ -147,27 +149,25 @@ def let_go(request: dict[str, Any]) -> Found:
     ):
         return {"gone": False}, -1
     for held in devices:
-        if not held.readonly:
-            _sign_off(held, request["user_file"], request["node"])
+        if held.readonly:
+            continue
+        # Deleted, or its export is gone: there is nothing to sign.
+        with suppress(FileNotFoundError):
+            _sign_off(fence.seen(held, Path(request["exports"])), request["user_file"], request["node"])
     return {"gone": True}, -1
 
 
-def _sign_off(held: Held, user_file: str, node: str) -> None:
+def _sign_off(image: Path, user_file: str, node: str) -> None:
     """Say on the export that this node has let go of it in order."""
+    home_fd = files.open_directory(image.parent)
     try:
-        home_fd = files.open_directory(held.backing.parent)
-    except FileNotFoundError:
-        return
-    try:
-        fd = files.open_beneath(home_fd, held.backing.name, os.O_RDWR)
+        fd = files.open_beneath(home_fd, image.name, os.O_RDWR)
         try:
             # Alone, or another node may have signed meanwhile.
             if files.lock_whole(fd) and _read(home_fd, user_file).get("node") == node:
                 os.unlink(user_file, dir_fd=home_fd)
         finally:
             os.close(fd)
-    except FileNotFoundError:
-        pass
     finally:
         os.close(home_fd)
 

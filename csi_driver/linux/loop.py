@@ -5,7 +5,7 @@ A device is known by the (device, inode) of its backing file, never by a path: f
 a path as some mount namespace once saw it. Nothing here is recorded; the kernel is asked each time.
 
 What the kernel tells of a device whose file is on a server it may ask that server for, and so not tell at all while it
-is dead. Devices that have a `remote_owner` carry a mark that can be seen without that: all others pass them over,
+is dead. Devices that are `remote` carry a mark that can be seen without that: all others pass them over,
 and `fence` knows them.
 """
 
@@ -39,7 +39,9 @@ BLKSSZGET: Final = 0x1268
 BLKROSET: Final = 0x125D
 BLKROGET: Final = 0x125E
 BLKGETSIZE64: Final = 0x80081272
-_REMOTE_MARK: Final = 0x6F726C6F
+_REMOTE_MARK: Final = 0x4F7
+"""In the highest bits of a size limit, far above any size; below it the minor number of the export's device, and the owner."""
+_MINORS: Final = 0xFFFFF
 """The upper half of a device's size limit, which is then larger than any image, and so limits nothing: sysfs tells it
 without asking anyone. The lower half tells whose it is."""
 
@@ -134,15 +136,26 @@ def _sized() -> list[int]:
     return sorted(int(name[4:]) for name in names if name.startswith(b"loop") and name[4:].isdigit())
 
 
-def remote_owner(number: int) -> int | None:
-    """Whose the device is, if its file is on a server (see `attach`). Asks no server."""
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Of a device whose file is on a server: 32 bits that tell one machine of several on this kernel from the others,
+    and the file's own device (st_dev), which is that of the export's mounts."""
+
+    owner: int
+    device: int
+
+
+def remote(number: int) -> Remote | None:
+    """What was said of the device, if its file is on a server (see `attach`). Asks no server."""
     try:
         limit = _read_number(f"{_SYS_BLOCK}/loop{number}/loop/sizelimit")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return None  # Nothing is attached.
         raise
-    return limit & 0xFFFFFFFF if limit >> 32 == _REMOTE_MARK else None
+    if limit >> 52 != _REMOTE_MARK:
+        return None
+    return Remote(limit & 0xFFFFFFFF, os.makedev(0, limit >> 32 & _MINORS))
 
 
 def numbers() -> list[int]:
@@ -151,7 +164,7 @@ def numbers() -> list[int]:
 
 
 def _look(number: int, backing: tuple[int, int] | None = None) -> Loop | None:
-    if remote_owner(number) is not None:
+    if remote(number) is not None:
         return None
     try:
         fd = _open(number, os.O_RDONLY)
@@ -228,12 +241,11 @@ def attach(
     direct_io: bool = True,
     sector_size: int = 512,
     discard: bool = True,
-    remote_owner: int | None = None,
+    remote: Remote | None = None,
 ) -> Loop:
     """Put the file behind a free loop device. The descriptor may be closed afterwards.
 
-    With a `remote_owner`, 32 bits that tell one machine of several on this kernel from the others, the file is one on a
-    server: the device keeps the caller's own open file description, with the locks on it.
+    With `remote` the file is one on a server: the device keeps the caller's own open file description, with the locks on it.
 
     Without `discard` a writable device refuses discards, which would punch holes into the file and give the blocks away.
 
@@ -247,9 +259,7 @@ def attach(
     # Opened anew: the caller's descriptor may be read-only, or O_PATH, or share flags with others.
     mode = os.O_RDONLY if readonly else os.O_RDWR
     backing_fd = (
-        os.dup(image_fd)
-        if remote_owner is not None
-        else os.open(f"/proc/self/fd/{image_fd}", mode | os.O_CLOEXEC)
+        os.dup(image_fd) if remote is not None else os.open(f"/proc/self/fd/{image_fd}", mode | os.O_CLOEXEC)
     )
     try:
         control_fd = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
@@ -259,8 +269,9 @@ def attach(
                 flags |= LO_FLAGS_DIRECT_IO
             config = LoopConfig(fd=backing_fd, block_size=sector_size)
             config.info.lo_flags = flags
-            if remote_owner is not None:
-                config.info.lo_sizelimit = _REMOTE_MARK << 32 | remote_owner
+            if remote is not None:
+                minor = os.minor(remote.device) & _MINORS
+                config.info.lo_sizelimit = _REMOTE_MARK << 52 | minor << 32 | remote.owner
             return _attach_free(control_fd, config, discard)
         finally:
             os.close(control_fd)

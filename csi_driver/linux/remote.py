@@ -129,10 +129,13 @@ class Breaker:
         self._left_behind = [worker for worker in self._left_behind if not worker.has_ended()]
         return [worker.pid for worker in self._left_behind]
 
-    def check_start(self) -> None:
-        """Raises Unavailable: so many children are stuck that another one would only join them."""
+    def check_start(self, *, always: bool = False) -> None:
+        """Raises Unavailable: so many children are stuck that another one would only join them.
+
+        Twice as many for what is done `always`: pods must be able to end.
+        """
         stuck = self.left_behind()
-        if len(stuck) >= MOST_LEFT_BEHIND:
+        if len(stuck) >= MOST_LEFT_BEHIND * (2 if always else 1):
             raise Unavailable(
                 f"server {self.name!r}: processes {', '.join(map(str, stuck))} are stuck in the kernel, waiting for it: "
                 "they end when it is back, or with this machine"
@@ -284,7 +287,7 @@ class Lane:
     def _do(self, task: Task) -> Message:
         end = time.monotonic() + task.timeout_s
         try:
-            worker = self._ready(end)
+            worker = self._ready(end, always=task.always)
             worker.tell(task.content, end)
             while True:
                 said = worker.hear(time.monotonic() + task.timeout_s, task.look)
@@ -306,11 +309,11 @@ class Lane:
         self._breaker.answered()
         return said
 
-    def _ready(self, end: float) -> Worker:
+    def _ready(self, end: float, *, always: bool) -> Worker:
         if self._worker is not None and self._worker.has_ended():
             self._drop()
         if self._worker is None:
-            self._breaker.check_start()
+            self._breaker.check_start(always=always)
             self._worker = Worker.start(self._module, self._breaker.name)
             self._begin(self._worker, end)
         return self._worker

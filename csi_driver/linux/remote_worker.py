@@ -37,10 +37,14 @@ def open_directory(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def ensure_directory(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The same, made first if it is missing."""
+    """The same for a directory beneath one that must be there, made first if it is missing."""
     root_fd = os.open(request["root"], _DIRECTORY)
     try:
-        return {}, files.ensure_directory(root_fd, request["path"], **request["owner"])
+        directory_fd = files.open_beneath(root_fd, request["directory"] or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return {}, files.ensure_directory(directory_fd, request["path"], **request["owner"])
+        finally:
+            os.close(directory_fd)
     finally:
         os.close(root_fd)
 

@@ -50,6 +50,7 @@ def test_the_device_has_the_lock_for_as_long_as_it_lives(image: Path, tmp_path: 
 
     assert is_locked(image)
     assert (held.volume_id, held.size_bytes, held.readonly) == ("v-1", 8 * MIB, False)
+    assert held.export == os.makedev(0, os.minor(image.stat().st_dev))
     assert held.backing == image and os.stat(held.path).st_rdev == held.device
     assert fence.of_device(held.device) == held
     # In use when it is let go: with its last user.
@@ -96,7 +97,7 @@ def test_a_device_takes_the_size_that_its_image_has(image: Path) -> None:
     os.truncate(image, 16 * MIB)
     assert fence.find("v-1", "one")[0].size_bytes == 8 * MIB
 
-    assert fence.refresh(held).size_bytes == 16 * MIB
+    assert fence.refresh(held, image).size_bytes == 16 * MIB
 
 
 def test_a_mount_that_fences_nothing_is_told(tmp_path: Path) -> None:

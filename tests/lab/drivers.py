@@ -21,12 +21,24 @@ MANY = pb.VolumeCapability(
 class Driver:
     """An `orlop serve` of its own, somewhere."""
 
-    def __init__(self, name: str, place: Path, config: str, role: str, host: Host | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        place: Path,
+        config: str,
+        role: str,
+        host: Host | None = None,
+        *,
+        in_pod: bool = False,
+    ) -> None:
         self._log = place / f"{name}.log"
         file, socket = place / f"{name}.toml", place / f"{name}.sock"
         file.write_text(config)
         words = [sys.executable, "-m", "csi_driver", "serve", "--node-id", name, "--role", role]
         words += ["--config", os.fspath(file), "--endpoint", os.fspath(socket)]
+        if in_pod:
+            # As a container with mountPropagation Bidirectional: a mount namespace of its own, gone when it ends.
+            words = ["unshare", "--mount", "--propagation", "unchanged", *words]
         with self._log.open("wb") as log:
             argv = host.command(*words) if host else words
             # Another machine's working directory is its root.

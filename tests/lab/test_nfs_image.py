@@ -433,6 +433,47 @@ def test_a_driver_that_starts_again_has_let_nothing_go(scene: Scene, tmp_path: P
     two.leave(volume)
 
 
+def test_a_node_plugin_that_is_replaced_knows_what_the_old_one_held(scene: Scene, tmp_path: Path) -> None:
+    """The loop device keeps the old container's mount of the export, which is nowhere to be seen any more."""
+    one, two = scene.one, scene.two
+    config = CONFIG.format(server=scene.server.address, root=tmp_path / "unused")
+    one.host.run("mount", "--make-rshared", "/")
+    one.driver.end()
+    one.driver = Driver("one", tmp_path, config, "node", one.host, in_pod=True)
+    volume = scene.create("pvc-1")
+    one.use(volume)
+    one.driver.end()
+    assert loops() == [f"/{volume.volume_context['image']}\n"]
+
+    one.driver = Driver("one", tmp_path, config, "node", one.host, in_pod=True)
+    one.use(volume)
+    asked = pb.NodeGetVolumeHealthRequest(volume_id=volume.volume_id)
+    assert not one.driver.node.NodeGetVolumeHealth(asked, timeout=60).volume_health.health_statuses
+    wanted = pb.CapacityRange(required_bytes=128 * MIB)
+    scene.controller.controller.ControllerExpandVolume(
+        pb.ControllerExpandVolumeRequest(volume_id=volume.volume_id, capacity_range=wanted), timeout=60
+    )
+    on_node = pb.NodeExpandVolumeRequest(
+        volume_id=volume.volume_id,
+        volume_path=str(one.target),
+        staging_target_path=str(one.staging),
+        capacity_range=wanted,
+    )
+    assert one.driver.node.NodeExpandVolume(on_node, timeout=60).capacity_bytes == 128 * MIB
+    # Another volume's end takes no export away that an image lies on.
+    one.driver.node.NodeUnpublishVolume(
+        pb.NodeUnpublishVolumeRequest(volume_id="other", target_path=str(tmp_path / "nothing")), timeout=60
+    )
+    one.sh("echo kept >$T/file && sync -f $T")
+    one.leave(volume)
+    assert not loops()
+
+    two.use(volume)
+    assert two.sh("cat $T/file") == "kept\n"
+    assert "takes it over" not in scene.log("two")
+    two.leave(volume)
+
+
 def test_a_raw_device_goes_from_machine_to_machine(scene: Scene) -> None:
     one, two = scene.one, scene.two
     volume = scene.create("pvc-1", BLOCK)

@@ -49,11 +49,29 @@ def parsed(backend: Backend, **parameters: str) -> Parameters:
     return backend.parse(parameters, AccessType.MOUNT, "")
 
 
+@pytest.mark.parametrize(
+    ("server", "path", "source"),
+    [
+        ("files.example.org", "/export//team/", "files.example.org:/export/team"),
+        ("fd00::1", "/", "[fd00::1]:/"),
+        ("[fd00::1]", "/team", "[fd00::1]:/team"),
+    ],
+)
+def test_an_export_is_named_as_the_kernel_names_it(server: str, path: str, source: str) -> None:
+    """What is mounted is found again by it."""
+    text = f'scope = "shared"\n[pools.p]\nbackend = "nfs"\nserver = "{server}"\npath = "{path}"\n'
+    features = backends.create(parse(text).pools["p"]).features
+
+    assert features.export is not None and features.export.source == source
+    assert features.server == server.strip("[]")
+
+
 def test_a_class_may_name_the_export_of_a_pool(pools: Pools) -> None:
     asked = {"server": "files.example.org", "share": "/export/other"}
 
     assert [pool.name for pool in pools.candidates(asked)] == ["other"]
     assert [pool.name for pool in pools.candidates({**asked, "pool": "other"})] == ["other"]
+    assert [pool.name for pool in pools.candidates({**asked, "share": "/export/other/"})] == ["other"]
     for wrong in ({**asked, "pool": "team"}, {**asked, "share": "/export"}, {"server": "files.example.org"}):
         with pytest.raises(InvalidArgument, match=r"exports: files\.example\.org:/export/other"):
             pools.candidates(wrong)
