@@ -173,7 +173,7 @@ class Charges:
         if self._backend.features.writer_pays:
             return promised, max(0, record.shares[source.id] - self.held(source.id))
         # Whatever it overwrites from now on takes room once more.
-        return promised, self._space.written(source.id)
+        return promised, self.written(source)
 
     def settle_copy(
         self, source: Home, record: Record | SnapshotRecord, promised: int, *, share: bool

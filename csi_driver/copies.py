@@ -59,6 +59,8 @@ class Copier:
     def copy(self, pool: Pool, order: CopyOrder, held: ExitStack) -> Job | None:
         """Make the copy, or begin it: then `held` (the locks of source and target) belongs to the job that comes back.
 
+        It stays the caller's if this raises: without room here, another pool is tried.
+
         Raises:
             FailedPrecondition: the source is in use, and cannot be copied while it is.
             ResourceExhausted: no room.
@@ -66,10 +68,11 @@ class Copier:
         if pool.copies_at_once(order.origin) or self._must_freeze(order):
             self.copy_together([(pool, order)])
             return None
-        job = self.jobs.start(order.record, order.transfer, lambda: _copy(pool, order), held.pop_all())
+        job = self.jobs.start(order.record, order.transfer, lambda: _copy(pool, order), ExitStack())
         if job.wait(self._patience_s):
             self.jobs.take_failure(order.record.id)
             return None
+        job.keep(held.pop_all())
         return job
 
     def copy_together(self, wanted: Sequence[tuple[Pool, CopyOrder]]) -> None:
@@ -188,7 +191,12 @@ def check_ended(job: Job | None) -> None:
         Aborted: it runs yet.
     """
     if job is not None and job.is_running:
-        raise Aborted(f"{job.record.id!r}: being copied ({job.progress()}): repeat")
+        raise being_copied(job)
+
+
+def being_copied(job: Job) -> Aborted:
+    """What a call is told whose answer must wait for the copy."""
+    return Aborted(f"{job.record.id!r}: being copied ({job.progress()}): repeat")
 
 
 def _copy(pool: Pool, order: CopyOrder) -> None:

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -28,7 +28,12 @@ class Job:
         self.failure: BaseException | None = None
         self.is_waiting = True
         """Whether others run, and it has not begun."""
+        self.future: Future[None] | None = None
+        """Its turn, if it has to wait for one."""
         self._ended = threading.Event()
+        self._held = ExitStack()
+        self._has_let_go = False
+        self._keeping = threading.Lock()
 
     @property
     def kind(self) -> str:
@@ -43,6 +48,20 @@ class Job:
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended within so long."""
         return self._ended.wait(timeout_s)
+
+    def keep(self, held: ExitStack) -> None:
+        """Have it let go of these (locks) when it ends; at once, if it has."""
+        with self._keeping:
+            if not self._has_let_go:
+                self._held.push(held)
+                return
+        held.close()
+
+    def let_go(self) -> None:
+        """Said by whoever runs it, when nothing is copied any more."""
+        with self._keeping:
+            self._has_let_go = True
+        self._held.close()
 
     def end(self, failure: BaseException | None) -> None:
         """Said by whoever runs it."""
@@ -86,17 +105,18 @@ class Jobs:
     ) -> Job:
         """Run `work`; `held` (locks) is let go of when it has ended."""
         job = Job(record, transfer)
+        job.keep(held)
         with self._guard:
             self._jobs[record.id] = job
         if self._pool is None:
-            self._run(job, work, held)
+            self._run(job, work)
             return job
         try:
-            self._pool.submit(self._run, job, work, held)
+            job.future = self._pool.submit(self._run, job, work)
         except RuntimeError as error:
             with self._guard:
                 del self._jobs[record.id]
-            held.close()
+            job.let_go()
             raise Aborted("the driver is stopping: repeat when it is back") from error
         return job
 
@@ -145,6 +165,9 @@ class Jobs:
         if job is None:
             return False
         job.transfer.stop()
+        if job.future is not None and job.future.cancel():
+            # It waits for its turn, and shall not keep its locks until then.
+            self._run(job, lambda: None)
         if not job.wait(1.0):
             return True
         with self._guard:
@@ -158,14 +181,16 @@ class Jobs:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=False)
 
-    def _run(self, job: Job, work: Callable[[], None], held: ExitStack) -> None:
+    def _run(self, job: Job, work: Callable[[], None]) -> None:
         failure: BaseException | None = None
         result = "done"
         job.is_waiting = False
         try:
-            with held:
+            try:
                 job.transfer.check()
                 work()
+            finally:
+                job.let_go()
         except Stopped as error:
             result = "stopped"
             failure = Aborted(f"{job.record.id!r}: {error}: repeat, and it begins anew")

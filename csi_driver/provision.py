@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from csi_driver import modify
 from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Home
-from csi_driver.copies import Copier, check_ended, find_source
+from csi_driver.copies import Copier, being_copied, find_source
 from csi_driver.errors import AlreadyExists, Error, InvalidArgument, OutOfRange, ResourceExhausted, invalid
 from csi_driver.identity import SCHEMA
 from csi_driver.model import (
@@ -188,7 +188,10 @@ def _copy(pool: Pool, request: VolumeRequest, origin: _Origin, copying: Copying)
     spec = VolumeSpec(pool.size_limits(access_type, parameters).resolve(wanted), access_type, parameters)
     record = _record(pool, request, spec)
     order = CopyOrder(origin.pool, origin.home, spec, record, copying.copier.transfer(pool))
-    check_ended(copying.copier.copy(pool, order, copying.held))
+    job = copying.copier.copy(pool, order, copying.held)
+    if job is not None:
+        # Also if it has ended this moment: the locks are gone, and a repeat finds what came of it.
+        raise being_copied(job)
     return pool.catalog.get(record.id)
 
 

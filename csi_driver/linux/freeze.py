@@ -68,7 +68,7 @@ class Freezer:
         with self._guard:
             # First, so that a new one starts while all is written out.
             dog = self._ready()
-            _write_out(fds)
+            _write_out(fds, self.limit_s)
             dog.guard(fds, self.limit_s)
             began = time.monotonic()
             held: list[int] = []
@@ -167,13 +167,22 @@ class _Watchdog:
             self._process.wait()
 
 
-def _write_out(fds: Sequence[int]) -> None:
-    """Leave as little to be written under the freeze as can be: what came in a long writing makes for a shorter one."""
+def _write_out(fds: Sequence[int], limit_s: float) -> None:
+    """Leave as little to be written under the freeze as can be: what came in a long writing makes for a shorter one.
+
+    Raises FreezeFailed: it never got short. The kernel writes what is left with its writers held, and lets nobody thaw before.
+    """
+    took = 0.0
     for _ in range(_SYNCS):
         began = time.monotonic()
         _raise_first(_together(syscall.syncfs, fds))
-        if time.monotonic() - began < _QUICK_S:
+        took = time.monotonic() - began
+        if took < _QUICK_S:
             return
+    if took > limit_s:
+        raise FreezeFailed(
+            f"what is written to it meanwhile took {took:.0f} s to reach the disk, and so would the freeze"
+        )
 
 
 def _together(action: Callable[[int], None], fds: Sequence[int]) -> list[BaseException | None]:

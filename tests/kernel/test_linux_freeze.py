@@ -123,6 +123,7 @@ def test_a_failing_body_thaws(ext4_pool: Path) -> None:
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
+from csi_driver.linux import freeze
 from csi_driver.linux.freeze import Freezer
 fds = [os.open(path, os.O_RDONLY) for path in sys.argv[2:]]
 with Freezer(60, Path(sys.argv[1])).frozen(fds):
@@ -226,3 +227,12 @@ def test_what_was_written_in_a_long_writing_out_is_written_before_the_freeze(
         with made.frozen([fd]):
             pass
         assert len(rounds) == 2 + 4
+
+
+def test_what_cannot_be_written_out_in_time_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would write it with writers held, and let nobody thaw before that has ended."""
+    monkeypatch.setattr(syscall, "syncfs", lambda _: time.sleep(0.3))
+
+    freeze._write_out([0], 0.5)
+    with pytest.raises(FreezeFailed, match="to reach the disk"):
+        freeze._write_out([0], 0.1)

@@ -4,6 +4,7 @@
 import threading
 from contextlib import ExitStack
 
+import msgspec
 import pytest
 
 from csi_driver.errors import Aborted
@@ -31,6 +32,31 @@ def test_a_job_that_cannot_begin_lets_go_of_its_locks() -> None:
         jobs.start(RECORD, Transfer(), lambda: None, held_by(locks))
 
     assert jobs.all() == []
+    with locks.hold("source"):
+        pass
+
+
+def test_a_job_that_is_called_off_as_it_waits_lets_go_of_its_locks_at_once() -> None:
+    jobs, locks, going = Jobs(1), Locks(), threading.Event()
+    jobs.start(RECORD, Transfer(), lambda: assert_set(going), ExitStack())
+    later = msgspec.structs.replace(RECORD, id="p-0-3")
+    jobs.start(later, Transfer(), lambda: None, held_by(locks))
+
+    assert not jobs.call_off(later.id)
+
+    with locks.hold("source"):
+        pass
+    assert [job.record.id for job in jobs.all()] == [RECORD.id]
+    going.set()
+    jobs.stop()
+
+
+def test_locks_that_a_job_is_given_as_it_ends_are_let_go_of() -> None:
+    jobs, locks = Jobs(0), Locks()
+    job = jobs.start(RECORD, Transfer(), lambda: None, ExitStack())
+
+    job.keep(held_by(locks))
+
     with locks.hold("source"):
         pass
 

@@ -436,6 +436,27 @@ def test_the_source_of_a_copy_cannot_be_deleted_while_it_runs(kind: str) -> None
         assert (copied / "file").read_bytes() == content
 
 
+def test_the_source_is_held_also_where_a_second_pool_is_the_one_with_room() -> None:
+    with directory() as base:
+        text = memory_pool(base / "near", "near", f"total = {80 * MIB}\ninstant_copies = false")
+        text += memory_pool(base / "far", "far", f"instant_copies = false\ncopy_bandwidth = {8 * MIB}")
+        with driver_over(text) as driver, serving(driver.handlers, base) as client:
+            made = Scene(client, base, driver)
+            volume = made.create("v", 64 * MIB, parameters={"pool": "near"})
+            content = os.urandom(32 * MIB)
+            (made.data(volume.volume_id) / "file").write_bytes(content)
+            request = pb.DeleteVolumeRequest(volume_id=volume.volume_id)
+
+            assert made.clone("c", volume.volume_id, 64 * MIB).code is Code.ABORTED
+            assert made.client.call(request).code is Code.ABORTED
+            until(lambda: not isinstance(made.clone("c", volume.volume_id, 64 * MIB), Failure))
+            copied = made.clone("c", volume.volume_id, 64 * MIB).volume_id
+
+            assert copied.startswith("far-")
+            assert (made.data(copied) / "file").read_bytes() == content
+            assert not isinstance(made.client.call(request), Failure)
+
+
 def test_at_most_so_many_copies_run_at_once() -> None:
     with scene(f"instant_copies = false\ncopy_bandwidth = {16 * MIB}", head="copy_jobs = 2\n") as made:
         volumes = [made.create(f"v{number}", 32 * MIB).volume_id for number in range(5)]
