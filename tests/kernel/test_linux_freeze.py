@@ -123,7 +123,6 @@ def test_a_failing_body_thaws(ext4_pool: Path) -> None:
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from csi_driver.linux import freeze
 from csi_driver.linux.freeze import Freezer
 fds = [os.open(path, os.O_RDONLY) for path in sys.argv[2:]]
 with Freezer(60, Path(sys.argv[1])).frozen(fds):
