@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from csi_driver import modify, static
 from csi_driver.catalog import Home
-from csi_driver.copies import Copier, check_ended
+from csi_driver.copies import Copier, being_copied
 from csi_driver.errors import (
     Aborted,
     Error,
@@ -310,7 +310,8 @@ class Controller:
         """Tell how a copy in the background goes that an earlier call began, or in what it has ended."""
         job = self._copier.jobs.find_name(name, Record)
         if job is not None:
-            check_ended(job)
+            if job.is_running:
+                raise being_copied(job)
             self._copier.jobs.take_failure(job.record.id)
 
     def _volume(self, pool: Pool, home: Home, *, in_use: bool) -> Volume:

@@ -68,7 +68,7 @@ class Copier:
         if pool.copies_at_once(order.origin) or self._must_freeze(order):
             self.copy_together([(pool, order)])
             return None
-        job = self.jobs.start(order.record, order.transfer, lambda: _copy(pool, order), ExitStack())
+        job = self.jobs.start(order.record, order.transfer, lambda: _copy(pool, order))
         if job.wait(self._patience_s):
             self.jobs.take_failure(order.record.id)
             return None
@@ -182,16 +182,6 @@ def find_source(pools: Pools, source: Source) -> tuple[Pool, Home]:
             "a copy is made where its source is; let the pod say so (nodeSelector), or take a class that binds Immediate"
         )
     raise NotFound(f"volume_content_source: {source.kind} {source.id!r}: does not exist")
-
-
-def check_ended(job: Job | None) -> None:
-    """For a call whose answer must wait for the copy.
-
-    Raises:
-        Aborted: it runs yet.
-    """
-    if job is not None and job.is_running:
-        raise being_copied(job)
 
 
 def being_copied(job: Job) -> Aborted:

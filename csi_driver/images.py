@@ -28,7 +28,7 @@ from csi_driver.errors import (
 )
 from csi_driver.handover import HOLDER_FILE, USER_FILE, Handed
 from csi_driver.linux import fence, filesystem, mount
-from csi_driver.linux.exports import Exports
+from csi_driver.linux.exports import Exports, Wanted
 from csi_driver.linux.fence import Held
 from csi_driver.model import (
     AccessMode,
@@ -141,7 +141,7 @@ class Images:
         """
         context = _checked(request.context, request.capability)
         attributes, _ = mount_flags(request.capability, superblock=True)
-        readonly = request.readonly or request.capability.access_mode.reader_only or attributes.readonly
+        readonly = request.reads_only or attributes.readonly
         devices = self._devices(request.volume_id)
         if request.capability.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
             _check_single(request, devices)
@@ -307,19 +307,9 @@ end the pods that use it"
             raise _not_staged(request.volume_id)
         sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
         keeper = self._exports.keeper_of(held)
-        root = os.fspath(staging)
+        wanted = Wanted(PAYLOAD_DIRECTORY, sub_path, owner(context) if sub_path else None)
         with in_the_way(sub_path):
-            if sub_path:
-                fd = keeper.call(
-                    "ensure",
-                    _LET_GO_S,
-                    root=root,
-                    directory=PAYLOAD_DIRECTORY,
-                    path=sub_path,
-                    owner=owner(context),
-                )[1]
-            else:
-                fd = keeper.call("open", _LET_GO_S, root=root, path=PAYLOAD_DIRECTORY)[1]
+            fd = wanted.open(keeper, staging, _LET_GO_S)
         try:
             yield fd
         finally:

@@ -100,12 +100,9 @@ class Jobs:
         self._ended: Counter[tuple[str, str]] = Counter()
         self._copied_bytes = 0
 
-    def start(
-        self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None], held: ExitStack
-    ) -> Job:
-        """Run `work`; `held` (locks) is let go of when it has ended."""
+    def start(self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None]) -> Job:
+        """Run `work`."""
         job = Job(record, transfer)
-        job.keep(held)
         with self._guard:
             self._jobs[record.id] = job
         if self._pool is None:
@@ -116,7 +113,6 @@ class Jobs:
         except RuntimeError as error:
             with self._guard:
                 del self._jobs[record.id]
-            job.let_go()
             raise Aborted("the driver is stopping: repeat when it is back") from error
         return job
 
@@ -165,7 +161,7 @@ class Jobs:
         if job is None:
             return False
         job.transfer.stop()
-        if job.future is not None and job.future.cancel():
+        if self._cancel(job):
             # It waits for its turn, and shall not keep its locks until then.
             self._run(job, lambda: None)
         if not job.wait(1.0):
@@ -180,6 +176,11 @@ class Jobs:
             job.transfer.stop()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=False)
+
+    def _cancel(self, job: Job) -> bool:
+        """Whether its turn was taken from it now: to one caller, for a future says yes each time."""
+        with self._guard:
+            return job.future is not None and not job.future.cancelled() and job.future.cancel()
 
     def _run(self, job: Job, work: Callable[[], None]) -> None:
         failure: BaseException | None = None

@@ -388,6 +388,11 @@ class PublishRequest:
     readonly: bool = False
     context: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def reads_only(self) -> bool:
+        """Whether the pod may not write, by what is asked for it or by the access mode."""
+        return self.readonly or self.capability.access_mode.reader_only
+
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:

@@ -289,7 +289,7 @@ def _publish(volume: staging.Local, request: PublishRequest) -> None:
 
 
 def _attributes(request: PublishRequest, flags: mount.Attributes) -> mount.Attributes:
-    readonly = request.readonly or request.capability.access_mode.reader_only or flags.readonly
+    readonly = request.reads_only or flags.readonly
     return replace(flags, readonly=readonly)
 
 

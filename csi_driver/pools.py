@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from csi_driver.catalog import Home
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, invalid
-from csi_driver.linux.export import bracketed, normal_path
+from csi_driver.linux.export import address
 from csi_driver.model import VolumeId
 from csi_driver.pool import Pool
 
@@ -170,7 +170,7 @@ class Pools:
     def _exporting(self, server: str, share: str, name: str) -> Pool:
         """The pool on this export: no others are used than the configuration names."""
         known = {pool.backend.features.export.source: pool for pool in self if pool.backend.features.export}
-        pool = known.get(f"{bracketed(server)}:{normal_path(share)}")
+        pool = known.get(address(server, share))
         if pool is None or name not in ("", pool.name):
             raise invalid(
                 "parameters.server, share",

@@ -17,7 +17,7 @@ from csi_driver.backends.parameters import FS_TYPE
 from csi_driver.catalog import VOLUMES
 from csi_driver.errors import InvalidArgument, NotFound, Unavailable, invalid, unknown_keys
 from csi_driver.linux import files, mount
-from csi_driver.linux.export import Source, bracketed, normal_path
+from csi_driver.linux.export import Source, address
 from csi_driver.linux.exports import Exports, Wanted
 from csi_driver.model import HealthEntry, HealthStatus, PublishRequest, Record, Stats
 from csi_driver.pool import Pool
@@ -63,8 +63,8 @@ def export_opened(exports: Exports, request: PublishRequest, options: Sequence[s
     sub_path = expand_sub_path(context.get(PARAMETER, ""), None, request.context)
     # In what others made, a reader changes nothing.
     ours = f"/{VOLUMES}/{request.volume_id}/" in f"/{directory}/"
-    reads = request.readonly or request.capability.access_mode.reader_only
-    wanted = Wanted(directory, sub_path, owner(context) if ours or not reads else None)
+    makes = sub_path and (ours or not request.reads_only)
+    wanted = Wanted(directory, sub_path, owner(context) if makes else None)
     if SERVER in context:
         source = source_of(context, options)
         opened, place = exports.opened(source, wanted), source.source
@@ -105,7 +105,8 @@ def source_of(context: Mapping[str, str], options: Sequence[str] = ()) -> Source
     Raises:
         InvalidArgument: they are wrong.
     """
-    return Source(f"{_server(context[SERVER])}:{_exported(context)}", options=(*_options(context), *options))
+    source = address(_server(context[SERVER]), _exported(context))
+    return Source(source, options=(*_options(context), *options))
 
 
 def owner(context: Mapping[str, str]) -> dict[str, int]:
@@ -149,7 +150,7 @@ def _options(context: Mapping[str, str]) -> list[str]:
 def _server(name: str) -> str:
     if not _SERVER.fullmatch(name):
         raise invalid(f"volume_context.{SERVER}", name, "give a server's name or address")
-    return bracketed(name)
+    return name
 
 
 def _exported(context: Mapping[str, str]) -> str:
@@ -158,7 +159,7 @@ def _exported(context: Mapping[str, str]) -> str:
         raise InvalidArgument(f"volume_context: {PATH} and {SHARE} are the same thing: give one of them")
     if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
         raise invalid(f"volume_context.{PATH}", path, "give the absolute path of an export, without '..'")
-    return normal_path(path)
+    return path
 
 
 @contextmanager

@@ -28,9 +28,7 @@ def source(pool: PoolConfig, server: str, path: str, mount_options: Sequence[str
     """
     if not path.startswith("/"):
         raise ConfigurationError(f"{pool.where} path {path!r}: give the absolute path of an export")
-    return export.Source(
-        f"{export.bracketed(server)}:{export.normal_path(path)}", FS_TYPE, tuple(mount_options)
-    )
+    return export.Source(export.address(server, path), FS_TYPE, tuple(mount_options))
 
 
 def ensure_mounted(pool: PoolConfig, wanted: export.Source) -> None:

@@ -52,14 +52,13 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def bracketed(server: str) -> str:
-    """The server's name as a source has it: an IPv6 address would be cut at its first colon."""
-    return f"[{server}]" if ":" in server and not server.startswith("[") else server
+def address(server: str, path: str) -> str:
+    """The `server:/path` of a source as the kernel tells it of what is mounted: no slash twice, none at the end.
 
-
-def normal_path(path: str) -> str:
-    """An absolute path as the kernel tells it of what is mounted: no slash twice, none at the end."""
-    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+    An IPv6 address gets brackets, or it would be cut at its first colon.
+    """
+    host = f"[{server}]" if ":" in server and not server.startswith("[") else server
+    return f"{host}:/{'/'.join(part for part in path.split('/') if part not in ('', '.'))}"
 
 
 def mount(source: Source, target: Path) -> None:

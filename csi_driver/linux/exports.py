@@ -30,7 +30,7 @@ _UNMOUNT_S: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A directory that must be there, and one beneath it. That one is made if it is missing and an `owner` given: mode, uid, gid."""
+    """A directory that must be there, and one beneath it, which is made if it is missing and an `owner` given: mode, uid, gid."""
 
     directory: str = ""
     sub_path: str = ""
@@ -40,6 +40,15 @@ class Wanted:
     def path(self) -> str:
         """Both."""
         return "/".join(part for part in (self.directory, self.sub_path) if part)
+
+    def open(self, server: Server, root: Path, timeout_s: float) -> int:
+        """A descriptor of it beneath `root`, by a child of the server's. Raises as `Server.call`."""
+        where = os.fspath(root)
+        if self.owner is None:
+            return server.call("open", timeout_s, root=where, path=self.path)[1]
+        return server.call(
+            "ensure", timeout_s, root=where, directory=self.directory, path=self.sub_path, owner=self.owner
+        )[1]
 
 
 class Exports:
@@ -85,7 +94,7 @@ class Exports:
     def opened_in(self, root: Path, wanted: Wanted) -> Iterator[int]:
         """The same for a directory beneath one of the roots, which is mounted anew by others only."""
         try:
-            fd = self._ask(self._servers.named(os.fspath(root)), root, wanted)
+            fd = wanted.open(self._servers.named(os.fspath(root)), root, self._timeout_s)
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -245,7 +254,7 @@ class Exports:
 
     def base_of(self, held: fence.Held) -> mount.Mount | None:
         """Where the export with its image is mounted. Not by the image's path, which is the mount's of who attached it."""
-        return next((one for one in self._bases() if one.device == held.export), None)
+        return next(iter(fence.bases(held, self.directory)), None)
 
     def _bases(self) -> list[mount.Mount]:
         return [one for one in mountinfo.mounts() if Path(one.target).parent == self.directory]
@@ -266,27 +275,14 @@ class Exports:
         server = self._servers.named(source.server)
         root = self._ensure_mounted(server, source)
         try:
-            return self._ask(server, root, wanted)
+            return wanted.open(server, root, self._timeout_s)
         except OSError as error:
             if error.errno not in GONE:
                 raise
         with self._lock(source.key):
             self.unmount(root, lazy=True)
         root = self._ensure_mounted(server, source)
-        return self._ask(server, root, wanted)
-
-    def _ask(self, server: Server, root: Path, wanted: Wanted) -> int:
-        where, timeout_s = os.fspath(root), self._timeout_s
-        if wanted.owner is None or not wanted.sub_path:
-            return server.call("open", timeout_s, root=where, path=wanted.path)[1]
-        return server.call(
-            "ensure",
-            timeout_s,
-            root=where,
-            directory=wanted.directory,
-            path=wanted.sub_path,
-            owner=wanted.owner,
-        )[1]
+        return wanted.open(server, root, self._timeout_s)
 
     def _ensure_mounted(self, server: Server, source: Source) -> Path:
         target = self.directory / source.key

@@ -6,7 +6,7 @@ with the device, or when the server has not heard from this machine for a lease.
 is written to the device (nfs.recover_lost_locks is off): what another machine has taken over is out of reach. It needs
 NFSv4, where locks and data go by the same state; `problem` tells.
 
-`all` and `find` ask sysfs alone, which asks no server; whatever else is here may have to wait for one.
+`all`, `find` and `bases` ask sysfs and mountinfo alone, which asks no server; whatever else is here may have to wait for one.
 """
 
 import errno
@@ -176,18 +176,25 @@ def refresh(held: Held, image: Path) -> Held:
     return found or held
 
 
+def bases(held: Held, exports: Path) -> list[mountinfo.Mount]:
+    """Where the image's export is mounted, in a directory in `exports`. Asks no server.
+
+    Two exports of one server may be one filesystem to the kernel: all of them.
+    """
+    mounts = mountinfo.mounts()
+    return [one for one in mounts if one.device == held.export and Path(one.target).parent == exports]
+
+
 def seen(held: Held, exports: Path) -> Path:
-    """The image, where its export is mounted now, in a directory in `exports`. May wait.
+    """The image, in the one of its `bases` that has it. May wait.
 
     Raises FileNotFoundError: it is not there any more, or its export is not mounted.
     """
-    for one in mountinfo.mounts():
-        if one.device == held.export and Path(one.target).parent == exports:
-            inside = held.backing.is_relative_to(one.target)
-            path = Path(one.target) / held.backing.relative_to(one.target if inside else "/")
-            # Two exports of one server may be one filesystem to the kernel.
-            if path.exists():
-                return path
+    for base in bases(held, exports):
+        inside = held.backing.is_relative_to(base.target)
+        path = Path(base.target) / held.backing.relative_to(base.target if inside else "/")
+        if path.exists():
+            return path
     raise FileNotFoundError(
         errno.ENOENT, "its export is not mounted, or the image is gone", os.fspath(held.backing)
     )

@@ -40,10 +40,9 @@ BLKROSET: Final = 0x125D
 BLKROGET: Final = 0x125E
 BLKGETSIZE64: Final = 0x80081272
 _REMOTE_MARK: Final = 0x4F7
-"""In the highest bits of a size limit, far above any size; below it the minor number of the export's device, and the owner."""
+"""The highest 12 bits of a device's size limit, which is then larger than any image, and so limits nothing: sysfs tells it
+without asking anyone. Below are the minor number of the file's own device (20 bits) and whose it is (32)."""
 _MINORS: Final = 0xFFFFF
-"""The upper half of a device's size limit, which is then larger than any image, and so limits nothing: sysfs tells it
-without asking anyone. The lower half tells whose it is."""
 
 _CONTROL: Final = "/dev/loop-control"
 _SYS_BLOCK: Final = "/sys/block"

@@ -28,8 +28,8 @@ def test_a_job_that_cannot_begin_lets_go_of_its_locks() -> None:
     jobs, locks = Jobs(1), Locks()
     jobs.stop()
 
-    with pytest.raises(Aborted, match="stopping"):
-        jobs.start(RECORD, Transfer(), lambda: None, held_by(locks))
+    with pytest.raises(Aborted, match="stopping"), held_by(locks):
+        jobs.start(RECORD, Transfer(), lambda: None)
 
     assert jobs.all() == []
     with locks.hold("source"):
@@ -38,9 +38,9 @@ def test_a_job_that_cannot_begin_lets_go_of_its_locks() -> None:
 
 def test_a_job_that_is_called_off_as_it_waits_lets_go_of_its_locks_at_once() -> None:
     jobs, locks, going = Jobs(1), Locks(), threading.Event()
-    jobs.start(RECORD, Transfer(), lambda: assert_set(going), ExitStack())
+    jobs.start(RECORD, Transfer(), lambda: assert_set(going))
     later = msgspec.structs.replace(RECORD, id="p-0-3")
-    jobs.start(later, Transfer(), lambda: None, held_by(locks))
+    jobs.start(later, Transfer(), lambda: None).keep(held_by(locks))
 
     assert not jobs.call_off(later.id)
 
@@ -53,7 +53,7 @@ def test_a_job_that_is_called_off_as_it_waits_lets_go_of_its_locks_at_once() -> 
 
 def test_locks_that_a_job_is_given_as_it_ends_are_let_go_of() -> None:
     jobs, locks = Jobs(0), Locks()
-    job = jobs.start(RECORD, Transfer(), lambda: None, ExitStack())
+    job = jobs.start(RECORD, Transfer(), lambda: None)
 
     job.keep(held_by(locks))
 
@@ -63,7 +63,7 @@ def test_locks_that_a_job_is_given_as_it_ends_are_let_go_of() -> None:
 
 def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> None:
     jobs, locks, going, begun = Jobs(1), Locks(), threading.Event(), threading.Event()
-    first = jobs.start(RECORD, Transfer(), lambda: assert_set(going), ExitStack())
+    first = jobs.start(RECORD, Transfer(), lambda: assert_set(going))
     later = SnapshotRecord(
         schema=1,
         id="p-0-3",
@@ -73,7 +73,8 @@ def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> N
         access_type=AccessType.MOUNT,
         created_at=0.0,
     )
-    second = jobs.start(later, Transfer(), begun.set, held_by(locks))
+    second = jobs.start(later, Transfer(), begun.set)
+    second.keep(held_by(locks))
 
     second.transfer.stop()
     going.set()
