@@ -16,23 +16,19 @@ def attributes_class(name: str, **parameters: str) -> Manifest:
         "apiVersion": "storage.k8s.io/v1",
         "kind": "VolumeAttributesClass",
         "metadata": {"name": name},
-        "driverName": "local.orlop.dev",
+        "driverName": kube.DRIVER,
         "parameters": parameters,
     }
 
 
 def node_of_the_resizer() -> str:
     """Where csi-resizer asks the driver: see docs/limitations.md."""
-    there = ("--namespace", deploy.NAMESPACE, "get")
-    holder = json.loads(kube.kubectl(*there, "lease", LEASE, "--output=json"))["spec"]["holderIdentity"]
-    return str(json.loads(kube.kubectl(*there, "pod", holder, "--output=json"))["spec"]["nodeName"])
+    orlop = Namespace(deploy.NAMESPACE)
+    return orlop.node_of(orlop.get("lease", LEASE)["spec"]["holderIdentity"])
 
 
 def retention(namespace: Namespace, name: str, where: str) -> str:
-    volume = str(namespace.get("persistentvolumeclaim", name)["spec"]["volumeName"])
-    handle = json.loads(kube.kubectl("get", "persistentvolume", volume, "--output=json"))["spec"]["csi"][
-        "volumeHandle"
-    ]
+    handle = namespace.volume_of(name)["spec"]["csi"]["volumeHandle"]
     (one,) = [one for one in layout.existing_nodes() if one.name == where]
     record = json.loads(node.execute(one, "cat", f"/var/lib/orlop/fast/volumes/{handle}/{RECORD_FILE}"))
     return str(record["mutable"]["retention"])

@@ -114,6 +114,14 @@ class Machine:
             timeout=90,
         )
 
+    def expansion(self, volume: pb.Volume, wanted: pb.CapacityRange) -> pb.NodeExpandVolumeRequest:
+        return pb.NodeExpandVolumeRequest(
+            volume_id=volume.volume_id,
+            volume_path=str(self.target),
+            staging_target_path=str(self.staging),
+            capacity_range=wanted,
+        )
+
     def use(self, volume: pb.Volume) -> None:
         self.stage(volume)
         self.publish(volume)
@@ -453,12 +461,7 @@ def test_a_node_plugin_that_is_replaced_knows_what_the_old_one_held(scene: Scene
     scene.controller.controller.ControllerExpandVolume(
         pb.ControllerExpandVolumeRequest(volume_id=volume.volume_id, capacity_range=wanted), timeout=60
     )
-    on_node = pb.NodeExpandVolumeRequest(
-        volume_id=volume.volume_id,
-        volume_path=str(one.target),
-        staging_target_path=str(one.staging),
-        capacity_range=wanted,
-    )
+    on_node = one.expansion(volume, wanted)
     assert one.driver.node.NodeExpandVolume(on_node, timeout=60).capacity_bytes == 128 * MIB
     # Another volume's end takes no export away that an image lies on.
     one.driver.node.NodeUnpublishVolume(
@@ -509,12 +512,7 @@ def test_a_volume_grows_while_it_is_used(fs_type: str, scene: Scene) -> None:
     volume = scene.create("pvc-1", one.capability, before, None, **fs_types)
     one.use(volume)
     wanted = pb.CapacityRange(required_bytes=after)
-    on_node = pb.NodeExpandVolumeRequest(
-        volume_id=volume.volume_id,
-        volume_path=str(one.target),
-        staging_target_path=str(one.staging),
-        capacity_range=wanted,
-    )
+    on_node = one.expansion(volume, wanted)
     error = refused(lambda: one.driver.node.NodeExpandVolume(on_node, timeout=60))
     assert error.code is grpc.StatusCode.FAILED_PRECONDITION and "comes first" in error.sentence
 
