@@ -44,6 +44,8 @@ class Case:
 
     scene: Scene
     pods: Path
+    content: bytes = CONTENT
+    """What is in the volume."""
 
     @property
     def size_bytes(self) -> int:
@@ -68,7 +70,7 @@ class Case:
         self.create(rig)
         if self.scene.kind.needs_root:
             with in_pod(self.scene, rig, rig.pool.id_of("a"), "filling") as path:
-                (path / "kept").write_bytes(CONTENT)
+                (path / "kept").write_bytes(self.content)
             remove_staging(self.scene, "filling")
 
     def empty_trash(self, rig: Rig) -> None:
@@ -287,7 +289,7 @@ def clear(case: Case, empty: Picture) -> None:
     """Back to an empty pool, by the calls that a caller would make."""
     if case.scene.kind.needs_root:
         run(case, (Case.unpublish, Case.unpublish_inline, Case.unstage))
-        check_content(case)
+        check_content(case, "a")
     copies = (Case.delete_group, Case.delete_snapshot, Case.delete_copy, Case.delete_second)
     run(case, (*copies, Case.delete))
     rig = case.scene.open()
@@ -301,14 +303,15 @@ def remove_staging(scene: Scene, name: str) -> None:
         (scene.place / f"{name}-staging").rmdir()
 
 
-def check_content(case: Case) -> None:
+def check_content(case: Case, name: str) -> None:
+    """The volume of this name, if there is one, has all that was written or nothing yet."""
     rig = case.scene.open()
-    volume_id = rig.pool.id_of("a")
+    volume_id = rig.pool.id_of(name)
     if rig.pool.catalog.find(volume_id) is None:
         return
     with in_pod(case.scene, rig, volume_id, "reading") as path:
         names = [entry.name for entry in path.iterdir()]
         assert names in ([], ["kept"])
         if names:
-            assert (path / "kept").read_bytes() == CONTENT
+            assert (path / "kept").read_bytes() == case.content
     remove_staging(case.scene, "reading")
