@@ -73,12 +73,12 @@ class Transfer:
         self.done_bytes += size
 
 
-def copy_sparse(src_fd: int, dst_fd: int, transfer: Transfer) -> None:
+def copy_sparse(src_fd: int, dst_fd: int, transfer: Transfer, found: os.stat_result | None = None) -> None:
     """Make the empty destination read as the source; it shares nothing with it. Not synced.
 
-    Blocks that the destination has allocated stay so. Raises Stopped; OSError: ENOSPC, EDQUOT, EIO, …
+    `found` is what fstat(2) says of the source, if the caller has asked. Blocks that the destination has allocated stay so. Raises Stopped; OSError: ENOSPC, EDQUOT, EIO, …
     """
-    found = os.fstat(src_fd)
+    found = found or os.fstat(src_fd)
     size = found.st_size
     if size <= _SMALL and found.st_blocks * 512 >= size:
         # No hole: to ask for one costs more than to copy blocks that were never written.

@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from csi_driver.linux import files, syscall
@@ -31,6 +32,15 @@ _PIECE: Final = 4000
 """Bytes of a path that are surely resolved at once (PATH_MAX is 4096)."""
 _CANNOT_SHARE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY)
 _NO_ATTRIBUTES: Final = (errno.EOPNOTSUPP, errno.ENODATA)
+_PERMISSIONS: Final = 0o777
+"""The bits of a mode that a file can be made with: chown(2) may clear the others."""
+_UNKNOWN: Final = -1
+
+
+def _umask() -> int:
+    """This process's; umask(2) itself would tell it only by changing it, for all threads."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
 
 
 @dataclass
@@ -41,6 +51,9 @@ class _Copy:
     dst_fd: int
     transfer: Transfer
     share: bool
+    owner: tuple[int, int] = field(default_factory=lambda: (os.geteuid(), os.getegid()))
+    """Whom a new file belongs to."""
+    umask: int = field(default_factory=_umask)
     links: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
@@ -53,10 +66,21 @@ def copy_tree(src_fd: int, dst_fd: int, transfer: Transfer, *, share: bool) -> N
     Raises copy.Stopped; OSError: ENOSPC, EDQUOT, EIO, EPERM without root's powers, …
     """
     run = _Copy(src_fd, dst_fd, transfer, share)
+    _inherit_nothing(dst_fd)
     waiting = [""]
     while waiting:
         transfer.check()
         waiting += _copy_directory(run, waiting.pop())
+
+
+def _inherit_nothing(dst_fd: int) -> None:
+    """No ACL but the source's, for it and what is made in it: where the pool is, there may be a default one."""
+    for name in ("system.posix_acl_default", "system.posix_acl_access"):
+        try:
+            os.removexattr(dst_fd, name)
+        except OSError as error:
+            if error.errno not in _NO_ATTRIBUTES:
+                raise
 
 
 def _copy_directory(run: _Copy, path: str) -> list[str]:
@@ -75,7 +99,7 @@ def _copy_directory(run: _Copy, path: str) -> list[str]:
         try:
             below = _copy_entries(run, source, target, path)
             # Complete: what will be made in its subdirectories changes nothing of it.
-            _describe(source, target, os.fstat(source))
+            _describe(run, source, target, os.fstat(source), _UNKNOWN)
         finally:
             os.close(target)
     finally:
@@ -87,24 +111,23 @@ def _copy_entries(run: _Copy, source: int, target: int, path: str) -> list[str]:
     below = []
     with os.scandir(source) as entries:
         for entry in entries:
-            place = f"{path}/{entry.name}" if path else entry.name
+            name = entry.name
             try:
-                if entry.is_dir(follow_symlinks=False):
-                    os.mkdir(entry.name, 0o700, dir_fd=target)
-                    below.append(place)
-                elif entry.is_file(follow_symlinks=False):
-                    _copy_file(run, source, target, place)
+                if entry.is_file(follow_symlinks=False):
+                    _copy_file(run, source, target, path, name)
+                elif entry.is_dir(follow_symlinks=False):
+                    os.mkdir(name, 0o700, dir_fd=target)
+                    below.append(os.path.join(path, name))
                 else:
-                    _copy_special(run, source, target, place)
+                    _copy_special(run, source, target, path, name)
             except FileNotFoundError:
                 continue
     return below
 
 
-def _copy_special(run: _Copy, source: int, target: int, place: str) -> None:
-    name = os.path.basename(place)
+def _copy_special(run: _Copy, source: int, target: int, path: str, name: str) -> None:
     found = os.stat(name, dir_fd=source, follow_symlinks=False)
-    if found.st_nlink > 1 and _link(run, target, name, place, found):
+    if found.st_nlink > 1 and _link(run, target, path, name, found):
         return
     if stat.S_ISLNK(found.st_mode):
         os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
@@ -115,8 +138,9 @@ def _copy_special(run: _Copy, source: int, target: int, place: str) -> None:
     _describe_unopened(source, target, name, found)
 
 
-def _link(run: _Copy, target: int, name: str, place: str, found: os.stat_result) -> bool:
+def _link(run: _Copy, target: int, path: str, name: str, found: os.stat_result) -> bool:
     """Give a file that has been copied already its other name; False if this is the first."""
+    place = os.path.join(path, name)
     identity = (found.st_dev, found.st_ino)
     first = run.links.setdefault(identity, place)
     if first == place:
@@ -134,8 +158,7 @@ def _link(run: _Copy, target: int, name: str, place: str, found: os.stat_result)
     return True
 
 
-def _copy_file(run: _Copy, source: int, target: int, place: str) -> None:
-    name = os.path.basename(place)
+def _copy_file(run: _Copy, source: int, target: int, path: str, name: str) -> None:
     try:
         src_fd = os.open(name, _FILE, dir_fd=source)
     except OSError as error:
@@ -146,25 +169,26 @@ def _copy_file(run: _Copy, source: int, target: int, place: str) -> None:
         found = os.fstat(src_fd)
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, "replaced while it was copied", name)
-        if found.st_nlink == 1 or not _link(run, target, name, place, found):
+        if found.st_nlink == 1 or not _link(run, target, path, name, found):
             _copy_opened(run, src_fd, target, name, found)
     finally:
         os.close(src_fd)
 
 
 def _copy_opened(run: _Copy, src_fd: int, target: int, name: str, found: os.stat_result) -> None:
-    dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+    mode = found.st_mode & _PERMISSIONS
+    dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=target)
     try:
         if found.st_size:
-            _copy_content(run, src_fd, dst_fd)
+            _copy_content(run, src_fd, dst_fd, found)
         else:
             run.transfer.advance(0)
-        _describe(src_fd, dst_fd, found)
+        _describe(run, src_fd, dst_fd, found, mode & ~run.umask)
     finally:
         os.close(dst_fd)
 
 
-def _copy_content(run: _Copy, src_fd: int, dst_fd: int) -> None:
+def _copy_content(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result) -> None:
     if run.share:
         try:
             files.clone_file(src_fd, dst_fd)
@@ -174,14 +198,18 @@ def _copy_content(run: _Copy, src_fd: int, dst_fd: int) -> None:
         else:
             run.transfer.advance(0)
             return
-    copy_sparse(src_fd, dst_fd, run.transfer)
+    copy_sparse(src_fd, dst_fd, run.transfer, found)
 
 
-def _describe(src_fd: int, dst_fd: int, found: os.stat_result) -> None:
-    """Owner, mode, attributes and times, in the order in which one does not undo the other."""
-    if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+def _describe(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result, made_with: int) -> None:
+    """Owner, mode, attributes and times, in the order in which one does not undo the other.
+
+    Each change costs: what is right since it was made (with which mode, `made_with` says) is left as it is.
+    """
+    if (found.st_uid, found.st_gid) != run.owner:
         os.fchown(dst_fd, found.st_uid, found.st_gid)
-    os.fchmod(dst_fd, stat.S_IMODE(found.st_mode))
+    if stat.S_IMODE(found.st_mode) != made_with:
+        os.fchmod(dst_fd, stat.S_IMODE(found.st_mode))
     for name in _attributes(src_fd):
         try:
             os.setxattr(dst_fd, name, os.getxattr(src_fd, name))

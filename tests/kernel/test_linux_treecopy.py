@@ -18,6 +18,7 @@ from tests.trees import describe, differences
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 ACCESSED_NS = 10**18 + 1
+ACL = bytes.fromhex("0200000001000600ffffffff020007003930000004000400ffffffff10000700ffffffff20000400ffffffff")
 
 
 def copied(source: Path, target: Path, transfer: Transfer | None = None, *, share: bool = True) -> None:
@@ -63,11 +64,8 @@ def populate(root: Path) -> None:
     os.setxattr(
         root / "empty", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000")
     )
-    acl = bytes.fromhex(
-        "0200000001000600ffffffff020007003930000004000400ffffffff10000700ffffffff20000400ffffffff"
-    )
-    os.setxattr(root / "third", "system.posix_acl_access", acl)
-    os.setxattr(root / "sub", "system.posix_acl_default", acl)
+    os.setxattr(root / "third", "system.posix_acl_access", ACL)
+    os.setxattr(root / "sub", "system.posix_acl_default", ACL)
     os.chown(root / "sub" / "deep", 1234, 5678)
     os.chmod(root / "sub" / "deep", 0o2750)
     os.chown(root / "empty", 77, 88)
@@ -92,6 +90,28 @@ def test_everything_is_kept(make_pool: MakePool, fs_type: str, share: bool) -> N
     assert os.stat(pool / "b" / "file").st_atime_ns == os.stat(pool / "b").st_atime_ns == ACCESSED_NS
     assert differences(describe(pool / "a"), describe(pool / "b")) == []
     assert os.stat(pool / "b" / "sparse").st_blocks * 512 < MIB
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_modes_are_the_source_s_whatever_is_usual_where_the_copy_is(ext4_pool: Path, umask: int) -> None:
+    """Neither this process's umask nor a default ACL above the copy changes what a file may be read by."""
+    source, above = ext4_pool / "source", ext4_pool / "above"
+    (source / "sub").mkdir(parents=True)
+    for mode in (0o000, 0o600, 0o644, 0o666, 0o777, 0o2755, 0o4711):
+        for owner in (0, 1000):
+            path = source / "sub" / f"{mode:o}-{owner}"
+            path.write_text("content")
+            os.chown(path, owner, owner)
+            os.chmod(path, mode)
+    before = describe(source)
+    above.mkdir()
+    os.setxattr(above, "system.posix_acl_default", ACL)
+    usual = os.umask(umask)
+    try:
+        copied(source, above / "target")
+    finally:
+        os.umask(usual)
+    assert differences(before, describe(above / "target")) == []
 
 
 @pytest.mark.parametrize("fs_type", FILESYSTEMS)
