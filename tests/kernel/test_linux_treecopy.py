@@ -18,7 +18,9 @@ from tests.trees import describe, differences
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 ACCESSED_NS = 10**18 + 1
-ACL = bytes.fromhex("0200000001000600ffffffff020007003930000004000400ffffffff10000700ffffffff20000400ffffffff")
+ACL = bytes.fromhex(
+    "0200000001000600ffffffff020007003930000004000400ffffffff10000700ffffffff20000400ffffffff"
+)
 
 
 def copied(source: Path, target: Path, transfer: Transfer | None = None, *, share: bool = True) -> None:
