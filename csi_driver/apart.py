@@ -206,10 +206,10 @@ class Child:
         except (ConfigurationError, OSError) as error:
             raise Unavailable(f"pool {self._config.name!r}: {error}") from error
 
-    def _begin_first(self, worker: Worker, end: float) -> None:
-        self._begin(worker, end, tuple(self.claims))
+    def _begin_first(self, worker: Worker) -> None:
+        self._begin(worker, tuple(self.claims))
 
-    def _begin(self, worker: Worker, _end: float, claims: tuple[str, ...] = ()) -> None:
+    def _begin(self, worker: Worker, claims: tuple[str, ...] = ()) -> None:
         end = time.monotonic() + self._deadlines.open_s
         if not self._opening.acquire(timeout=self._deadlines.open_s):
             raise TimeoutError

@@ -38,6 +38,8 @@ MOST_LEFT_BEHIND: Final = 4
 _PACKAGE_PARENT: Final = Path(__file__).resolve().parents[2]
 _HEADER: Final = struct.Struct("!I")
 _REAP_S: Final = 1.0
+_START_S: Final = 30.0
+"""How long a child may take to be there, which depends on this machine alone: half a second, if it has little else to do."""
 _FIRST_PAUSE_S: Final = 2.0
 _LONGEST_PAUSE_S: Final = 60.0
 _PATIENCE_S: Final = 5.0
@@ -151,7 +153,10 @@ class Worker:
 
     @classmethod
     def start(cls, module: str, name: str) -> "Worker":
-        """Run `python -m module FD name` in a session of its own; FD is its end of a stream."""
+        """Run `python -m module FD name` in a session of its own; FD is its end of a stream.
+
+        It is there when this returns. Unavailable: it is not, within its time.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             process = subprocess.Popen(
@@ -162,7 +167,13 @@ class Worker:
                 start_new_session=True,
                 env={**os.environ, "LC_ALL": "C", "PYTHONPATH": os.fspath(_PACKAGE_PARENT)},
             )
-        return cls(process, ours)
+        worker = cls(process, ours)
+        try:
+            worker.hear(time.monotonic() + _START_S, lambda: None)
+        except (TimeoutError, EOFError) as error:
+            worker.kill()
+            raise Unavailable(f"server {name!r}: the process that asks it does not start: repeat") from error
+        return worker
 
     @property
     def pid(self) -> int:
@@ -244,7 +255,7 @@ class Lane:
         self,
         breaker: Breaker,
         module: str,
-        begin: Callable[[Worker, float], None] = lambda _worker, _end: None,
+        begin: Callable[[Worker], None] = lambda _worker: None,
     ) -> None:
         self._breaker = breaker
         self._module = module
@@ -285,10 +296,9 @@ class Lane:
                 raise Unavailable(f"server {self._breaker.name!r}: another call waits for it: repeat")
 
     def _do(self, task: Task) -> Message:
-        end = time.monotonic() + task.timeout_s
         try:
-            worker = self._ready(end, always=task.always)
-            worker.tell(task.content, end)
+            worker = self._ready(task)
+            worker.tell(task.content, time.monotonic() + task.timeout_s)
             while True:
                 said = worker.hear(time.monotonic() + task.timeout_s, task.look)
                 told = task.answer(said.content)
@@ -309,13 +319,13 @@ class Lane:
         self._breaker.answered()
         return said
 
-    def _ready(self, end: float, *, always: bool) -> Worker:
+    def _ready(self, task: Task) -> Worker:
         if self._worker is not None and self._worker.has_ended():
             self._drop()
         if self._worker is None:
-            self._breaker.check_start(always=always)
+            self._breaker.check_start(always=task.always)
             self._worker = Worker.start(self._module, self._breaker.name)
-            self._begin(self._worker, end)
+            self._begin(self._worker)
         return self._worker
 
     def _drop(self) -> None:

@@ -12,9 +12,10 @@ from csi_driver.linux import remote
 
 
 def connect() -> socket.socket:
-    """The stream to the parent. From here on the process ends with it, at once."""
+    """The stream to the parent, who is told that this process is there. From here on it ends with it, at once."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(connection.fileno(),), name="parent", daemon=True).start()
+    remote.send(connection, remote.Message(b""))
     return connection
 
 
