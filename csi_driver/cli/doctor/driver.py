@@ -23,7 +23,8 @@ def look_at_driver(endpoint: str, *, expected: bool) -> Iterator[Finding]:
     """Whether somebody answers there, and is ready; an error if not, where one is `expected`."""
     problem = error if expected else warning
     try:
-        with connected(endpoint, QUICK_S) as client:
+        # Where one is expected, the node may only be busy.
+        with connected(endpoint, TIMEOUT_S if expected else QUICK_S) as client:
             with refusals("GetPluginInfo"):
                 info = client.identity.GetPluginInfo(pb.GetPluginInfoRequest(), timeout=TIMEOUT_S)
             yield ok(DRIVER, f"{info.name} {info.vendor_version} answers at {endpoint}")
@@ -103,7 +104,7 @@ def _registration(socket: Path, driver_name: str) -> Finding:
     try:
         with grpc.insecure_channel(target_of(str(socket))) as channel, refusals("GetInfo"):
             stub = api_pb2_grpc.RegistrationStub(channel)
-            info = stub.GetInfo(api_pb2.InfoRequest(), timeout=QUICK_S)
+            info = stub.GetInfo(api_pb2.InfoRequest(), timeout=TIMEOUT_S)
     except CallFailed as failure:
         return error(
             KUBELET,
