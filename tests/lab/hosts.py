@@ -171,7 +171,7 @@ class GaneshaServer(Host):
             ),
             start_new_session=True,
         )
-        wait_for(self.answers, 30)
+        wait_for(self.answers, 120)
 
     def answers(self) -> bool:
         try:
@@ -202,7 +202,16 @@ class GaneshaServer(Host):
         self.start()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+def processes() -> int:
+    """How many there are, but for the kernel's own threads, which come and go."""
+    found = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found += "\nPPid:\t2\n" not in (entry / "status").read_text()
+    return found
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """Until it holds; AssertionError if it never does."""
     end = time.monotonic() + timeout_s
     while not condition():

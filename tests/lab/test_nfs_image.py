@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images on an NFS export, as deployed: a controller, and node plugins on two machines of which one at a time has a volume."""
 
+import contextlib
 import os
 import subprocess
 import time
@@ -276,7 +277,10 @@ def new_host() -> Host:
 
 def loops() -> list[str]:
     """The devices that have an image of a volume."""
-    found = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # It was taken down meanwhile.
+            found.append(path.read_text())
     return [one for one in found if "/volumes/" in one]
 
 
@@ -327,7 +331,7 @@ def test_a_volume_goes_from_machine_to_machine(scene: Scene) -> None:
     assert 40 * MIB < usage[0].total < 64 * MIB and usage[1].total > 0
     one.leave(volume)
     one.leave(volume)
-    assert not loops()
+    wait_for(lambda: not loops(), 60)
     scene.detach(volume, one)
 
     two.stage(volume, scene.attach(volume, two))
@@ -337,7 +341,7 @@ def test_a_volume_goes_from_machine_to_machine(scene: Scene) -> None:
     scene.detach(volume, two)
     scene.delete(volume)
     assert "takes it over" not in scene.log("two") and "taken back" not in scene.log("controller")
-    assert not loops()
+    wait_for(lambda: not loops(), 60)
 
 
 @BOTH
@@ -379,6 +383,8 @@ def test_a_dead_machine_loses_its_volume_with_its_lease(scene: Scene) -> None:
     one.publish(volume)
     one.sh("echo kept >$T/file && sync -f $T")
     one.sh("dd if=/dev/zero of=$T/half bs=1M count=8 status=none")
+    # This asks the server, and so the lease begins anew.
+    one.driver.node.NodeGetVolumeHealth(pb.NodeGetVolumeHealthRequest(volume_id=volume.volume_id), timeout=60)
 
     one.host.cut()
     error = refused(lambda: scene.detach(volume, one))
@@ -413,7 +419,7 @@ def test_a_dead_machine_loses_its_volume_with_its_lease(scene: Scene) -> None:
     two.sh("cat $T/file | grep -qx new && ! ls $T/late && ! ls $T/later && sync -f $T")
     one.leave(volume)
     two.leave(volume)
-    wait_for(lambda: not loops(), 30)
+    wait_for(lambda: not loops(), 120)
     scene.detach(volume, two)
     run("e2fsck", "-f", "-n", scene.image(volume))
     # And so it can have the volume again.
@@ -470,7 +476,7 @@ def test_a_node_plugin_that_is_replaced_knows_what_the_old_one_held(scene: Scene
     )
     one.sh("echo kept >$T/file && sync -f $T")
     one.leave(volume)
-    assert not loops()
+    wait_for(lambda: not loops(), 60)
 
     two.use(volume)
     assert two.sh("cat $T/file") == "kept\n"
@@ -497,7 +503,7 @@ def test_a_raw_device_goes_from_machine_to_machine(scene: Scene) -> None:
     ).usage
     assert usage[0].total == 64 * MIB
     one.leave(volume)
-    assert not loops()
+    wait_for(lambda: not loops(), 60)
     two.use(volume)
     assert two.sh("head -c 5 $T") == "hello"
     two.leave(volume)
@@ -553,7 +559,7 @@ def test_what_nobody_uses_is_copied(scene: Scene) -> None:
     one.sh("echo then >$T/file && sync -f $T")
     one.leave(volume)
     asked = pb.CreateSnapshotRequest(name="s", source_volume_id=volume.volume_id)
-    wait_for(lambda: controller.CreateSnapshot(asked, timeout=60).snapshot.ready_to_use, 60)
+    wait_for(lambda: controller.CreateSnapshot(asked, timeout=60).snapshot.ready_to_use, 180)
     snapshot = controller.CreateSnapshot(asked, timeout=60).snapshot
     one.use(volume)
     one.sh("echo now >$T/file && sync -f $T")
@@ -636,6 +642,14 @@ def test_a_dead_server_harms_only_its_own_volumes(how: str, pair: Pair) -> None:
         for name, volume in volumes.items()
     }
 
+    def round_trip() -> float:
+        began = time.monotonic()
+        repeated(lambda: pair.driver.node.NodeGetVolumeStats(asked["well"], timeout=60))
+        repeated(lambda: ends["well"].leave(volumes["well"]))
+        repeated(lambda: ends["well"].use(volumes["well"]))
+        return time.monotonic() - began
+
+    usual = round_trip()
     dead = pair.dead
     if how == "frozen" and isinstance(dead, GaneshaServer):
         dead.freeze()
@@ -644,15 +658,10 @@ def test_a_dead_server_harms_only_its_own_volumes(how: str, pair: Pair) -> None:
     health = pb.NodeGetVolumeHealthRequest(volume_id=volumes["dead"].volume_id)
     found = pair.driver.node.NodeGetVolumeHealth(health, timeout=60).volume_health.health_statuses
     assert [entry.reason for entry in found] == ["ServerUnreachable"]
-    began = time.monotonic()
-    pair.driver.node.NodeGetVolumeStats(asked["well"], timeout=60)
-    ends["well"].leave(volumes["well"])
-    ends["well"].use(volumes["well"])
-    assert time.monotonic() - began < 15
+    # Whatever waited for the dead one would wait 15 s and more, each time.
+    assert round_trip() < 4 * usual + 15
     # Its pods can end, though what they wrote last is on no disk yet.
-    began = time.monotonic()
-    ends["dead"].leave(volumes["dead"])
-    assert time.monotonic() - began < 45
+    repeated(lambda: ends["dead"].leave(volumes["dead"]), 120)
     assert str(ends["dead"].staging) not in pair.host.run("cat", "/proc/self/mounts")
     pair.driver.node.NodeGetVolumeStats(asked["well"], timeout=60)
 
@@ -660,8 +669,8 @@ def test_a_dead_server_harms_only_its_own_volumes(how: str, pair: Pair) -> None:
         dead.thaw()
     else:
         {"killed": dead.restart, "cut": dead.mend}[how]()
-    wait_for(lambda: len(loops()) == 1, 120)
-    repeated(lambda: ends["dead"].use(volumes["dead"]), 120)
+    wait_for(lambda: len(loops()) == 1, 300)
+    repeated(lambda: ends["dead"].use(volumes["dead"]), 300)
     assert ends["dead"].sh("cat $T/file") == "kept\n"
     if isinstance(dead, KernelServer):
         # Which keeps a lock past its lease until another wants it. Ganesha forgets it, and what was unwritten is refused.

@@ -71,7 +71,7 @@ class Place:
 
     def is_free(self, project_id: int) -> bool:
         """Whether nothing uses the id, in a moment at the latest: XFS removes files in the background."""
-        for _ in range(100):
+        for _ in range(600):
             if self.usage(project_id) == quota.ProjectUsage(0, 0, 0, 0):
                 return True
             time.sleep(0.1)

@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,9 +43,18 @@ def warm_up(socket: Path) -> None:
         asked = pb.CreateVolumeRequest(
             name="warm", volume_capabilities=[ONE], capacity_range=pb.CapacityRange(required_bytes=1 << 20)
         )
-        volume_id = controller.CreateVolume(asked, timeout=60).volume.volume_id
+        for _ in range(120):
+            try:
+                volume_id = controller.CreateVolume(asked, timeout=90).volume.volume_id
+                break
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                time.sleep(0.5)
+        else:
+            raise AssertionError("the pool does not open")
         snapshot = pb.CreateSnapshotRequest(name="warm", source_volume_id=volume_id)
-        wait_for(lambda: controller.CreateSnapshot(snapshot, timeout=60).snapshot.ready_to_use, 60)
+        wait_for(lambda: controller.CreateSnapshot(snapshot, timeout=60).snapshot.ready_to_use, 180)
         snapshot_id = controller.CreateSnapshot(snapshot, timeout=60).snapshot.snapshot_id
         controller.DeleteSnapshot(pb.DeleteSnapshotRequest(snapshot_id=snapshot_id), timeout=60)
         controller.DeleteVolume(pb.DeleteVolumeRequest(volume_id=volume_id), timeout=60)

@@ -117,7 +117,7 @@ def test_what_another_machine_is_making_is_left_alone(
     other.wait()
     other.stdout.close()
 
-    wait_for(lambda: _created(controller, volume_id), 60)
+    wait_for(lambda: _created(controller, volume_id), 180)
     assert not os.listdir(root / "staging")
 
 
@@ -127,6 +127,16 @@ def _created(controller: Driver, volume_id: str) -> bool:
     except grpc.RpcError:
         time.sleep(1)
         return False
+
+
+def _unpublished(node: Driver, volume_id: str, target: Path) -> bool:
+    asked = pb.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
+    try:
+        node.node.NodeUnpublishVolume(asked, timeout=60)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()
+        return False
+    return True
 
 
 def test_a_frozen_server_holds_no_call(
@@ -139,17 +149,15 @@ def test_a_frozen_server_holds_no_call(
     server.freeze()
 
     for call in (
-        lambda: create(controller, "pvc-2"),
+        lambda: create(controller, "pvc-2", patient=False),
         lambda: node.node.NodeGetVolumeStats(asked, timeout=60),
     ):
         with pytest.raises(grpc.RpcError) as refused:
             call()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-    node.node.NodeUnpublishVolume(
-        pb.NodeUnpublishVolumeRequest(volume_id=volume.volume_id, target_path=str(tmp_path / "a")), timeout=60
-    )
+    wait_for(lambda: _unpublished(node, volume.volume_id, tmp_path / "a"), 120)
     assert not (tmp_path / "a").exists()
 
     server.thaw()
-    wait_for(lambda: _created(controller, volume.volume_id), 60)
+    wait_for(lambda: _created(controller, volume.volume_id), 180)
     assert MANY.access_mode.mode == pb.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER

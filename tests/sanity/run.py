@@ -25,7 +25,7 @@ from tests.sanity.scratch import Scratch, scratch
 ROOT = Path(__file__).parents[2]
 ORLOP = Path(sys.executable).parent / "orlop"
 SKIPS = Path(__file__).parent / "skips.txt"
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 SANITY_TIMEOUT_S = 1200.0
 # Deleted volumes are removed in the background.
