@@ -22,7 +22,9 @@ def cluster() -> None:
     if not layout.KUBECONFIG.exists():
         unavailable("no cluster: `make test-cluster` starts one")
     try:
-        kubectl("--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=180s")
+        kubectl(
+            "--namespace=orlop", "rollout", "status", "daemonset/orlop-node", "--timeout=420s", timeout_s=450
+        )
     except KubectlFailed as error:
         unavailable(f"the driver is not in the cluster: {error}")
     kubectl("apply", f"--filename={EXAMPLES / 'storageclass-csi-disk.yaml'}")
@@ -33,6 +35,8 @@ def namespace(cluster: None) -> Iterator[Namespace]:
     """A fresh namespace; after the test nothing of it is left, in the cluster or on any node."""
     one = Namespace(f"story-{secrets.token_hex(3)}")
     kubectl("create", "namespace", one.name)
+    # Without it no pod is let in; a controller makes it, a moment later.
+    wait_until(lambda: one.exists("serviceaccount", "default"), "the namespace's default account")
     before = traces.of_all_nodes()
     yield one
     one.clear()

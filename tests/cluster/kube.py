@@ -51,10 +51,14 @@ def wait_until(
 ) -> None:
     """Wait for `is_so`; when it does not come, fail with what `tell` has to say."""
     deadline = time.monotonic() + timeout_s
-    while not is_so():
+    while True:
+        asked = time.monotonic()
+        if is_so():
+            return
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s:.0f} s for {what}\n{tell()}")
-        time.sleep(0.2)
+        # No longer asking than not: kubectl takes the processors from what is waited for.
+        time.sleep(max(0.2, time.monotonic() - asked))
 
 
 class Namespace:
@@ -108,6 +112,20 @@ class Namespace:
 
     def wait_until_running(self, pod: str, timeout_s: float = 180) -> None:
         wait_until(lambda: self._is_ready(pod), f"pod {pod} to run", timeout_s, self.story)
+
+    def wait_until_it_says(self, pod: str, script: str, words: str, container: str | None = None) -> None:
+        """For what a container writes at its start: Ready says no more than that its command has begun."""
+        said = ""
+
+        def is_so() -> bool:
+            nonlocal said
+            try:
+                said = self.shell(pod, script, container)
+            except KubectlFailed as error:
+                said = str(error)
+            return said == words
+
+        wait_until(is_so, f"{script!r} in pod {pod} to say {words!r}", tell=lambda: f"{said}\n{self.story()}")
 
     def wait_until_phase(self, kind: str, name: str, phase: str, timeout_s: float = 180) -> None:
         def is_so() -> bool:

@@ -21,9 +21,11 @@ def test_pods_of_one_node_share_a_read_write_many_volume(namespace: Namespace) -
     namespace.apply_example("read-write-many.yaml")
     namespace.kubectl("rollout", "status", "deployment/common", "--timeout=180s")
 
-    writers = namespace.kubectl("exec", "deployment/common", "--", "cat", "/data/writers").split()
+    def writers() -> set[str]:
+        script = ("sh", "-c", "cat /data/writers || true")
+        return set(namespace.kubectl("exec", "deployment/common", "--", *script).split())
 
-    assert len(set(writers)) == 2
+    kube.wait_until(lambda: len(writers()) == 2, "both pods to have written", tell=namespace.story)
     pods = namespace.select("pods", "app=common")
     assert len({one["spec"]["nodeName"] for one in pods}) == 1
 
@@ -32,7 +34,7 @@ def test_fs_group_makes_the_volume_writable_for_a_pod_that_is_not_root(namespace
     namespace.apply_example("nonroot.yaml")
     namespace.wait_until_running("nonroot")
 
-    assert namespace.shell("nonroot", "id -u; stat -c '%u %g' /data/file") == "1000\n1000 2000"
+    namespace.wait_until_it_says("nonroot", "id -u; stat -c '%u %g' /data/file", "1000\n1000 2000")
 
 
 def test_a_raw_block_device_keeps_what_was_written(namespace: Namespace) -> None:

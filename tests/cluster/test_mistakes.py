@@ -13,8 +13,10 @@ from tests.cluster.kube import Namespace, claim, pod
 @contextmanager
 def a_class(name: str, parameters: dict[str, str]) -> Iterator[None]:
     kube.apply(kube.storage_class(name, parameters))
-    yield
-    kube.kubectl("delete", "storageclass", name)
+    try:
+        yield
+    finally:
+        kube.kubectl("delete", "storageclass", name)
 
 
 @pytest.mark.parametrize(

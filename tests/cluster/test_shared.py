@@ -92,7 +92,7 @@ def test_replicas_on_two_nodes_read_what_the_other_wrote(namespace: Namespace) -
     assert pods.keys() == set(NODES)
 
     for reader, writer in ((pods["node1"], pods["node2"]), (pods["node2"], pods["node1"])):
-        assert namespace.shell(reader, f"cat /data/{writer}") == f"from {writer}"
+        namespace.wait_until_it_says(reader, f"cat /data/{writer}", f"from {writer}")
     namespace.shell(pods["node1"], "echo later > /data/later")
     assert namespace.shell(pods["node2"], "cat /data/later") == "later"
     assert "nodeAffinity" not in namespace.volume_of("common")["spec"]
@@ -105,6 +105,7 @@ def test_a_replica_moves_to_the_other_node_with_its_volume(namespace: Namespace)
     replica["spec"]["volumeClaimTemplates"][0]["spec"]["storageClassName"] = "everywhere"
     namespace.apply(replica)
     namespace.wait_until_running("db-0")
+    namespace.wait_until_it_says("db-0", "cat /data/name", "db-0")
     namespace.shell("db-0", "echo before the move >> /data/name; sync")
     home = namespace.node_of("db-0")
 
@@ -169,7 +170,7 @@ def test_a_directory_of_long_ago_serves_replicas_on_two_nodes(namespace: Namespa
     assert pods.keys() == set(NODES)
     for name in pods.values():
         assert namespace.shell(name, "cat /data/file") == "of 1999"
-        assert sorted(namespace.shell(name, "cat /data/writers").split()) == sorted(pods.values())
+        namespace.wait_until_it_says(name, "sort /data/writers", "\n".join(sorted(pods.values())))
     namespace.kubectl("delete", "deployment", "shared-directory", "--timeout=180s")
     namespace.delete("persistentvolumeclaim", "shared-directory")
     namespace.wait_until_phase("persistentvolume", "shared-directory", "Released")

@@ -25,17 +25,17 @@ def test_a_killed_container_comes_back_to_its_data(namespace: Namespace) -> None
         tell=namespace.story,
     )
     namespace.wait_until_running("app")
-    assert namespace.shell("app", "cat /data/log") == "start\nstart"
+    namespace.wait_until_it_says("app", "cat /data/log", "start\nstart")
 
 
 def test_sub_paths_keep_two_containers_apart_and_a_reader_cannot_write(namespace: Namespace) -> None:
     namespace.apply_example("subpath.yaml")
     namespace.wait_until_running("caches")
 
-    assert namespace.shell("caches", "cat /cache/owner", container="one") == "one"
-    assert namespace.shell("caches", "cat /cache/owner", container="two") == "two"
-    both = namespace.shell("caches", "cat /caches/cache1/owner /caches/cache2/owner", container="reader")
-    assert both == "one\ntwo"
+    for name in ("one", "two"):
+        namespace.wait_until_it_says("caches", "cat /cache/owner", name, container=name)
+    both = "cat /caches/cache1/owner /caches/cache2/owner"
+    namespace.wait_until_it_says("caches", both, "one\ntwo", container="reader")
     assert "Read-only file system" in namespace.refusal("caches", "touch /caches/mine", container="reader")
 
 
@@ -81,5 +81,5 @@ def test_a_claim_beside_every_other_kind_of_volume(namespace: Namespace) -> None
     namespace.apply_example("mixed.yaml")
     namespace.wait_until_running("mixed")
 
-    assert namespace.shell("mixed", "cat /data/copy") == "swordfisheverything in its placeswordfish"
+    namespace.wait_until_it_says("mixed", "cat /data/copy", "swordfisheverything in its placeswordfish")
     namespace.shell("mixed", "touch /scratch/file && ls /node-logs")

@@ -135,6 +135,7 @@ def test_a_retained_snapshot_stays_until_its_content_is_deleted(namespace: Names
 def test_the_examples_of_snapshot_restore_and_clone_work(namespace: Namespace) -> None:
     namespace.apply_example("dynamic.yaml")
     namespace.wait_until_running("app")
+    namespace.wait_until_it_says("app", "cat /data/log", "started")
     namespace.apply_example("snapshot.yaml")
     namespace.wait_until_snapshot_is_ready("data-snapshot")
 

@@ -17,5 +17,5 @@ def test_each_replica_finds_its_own_data_again(namespace: Namespace) -> None:
 
     for replica, home in nodes.items():
         namespace.wait_until_running(replica, timeout_s=240)
-        assert namespace.shell(replica, "cat /data/name") == replica
+        namespace.wait_until_it_says(replica, "cat /data/name", replica)
         assert namespace.node_of(replica) == home

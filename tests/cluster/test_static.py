@@ -88,7 +88,7 @@ def test_claims_take_the_smallest_volume_that_fits_or_what_they_select(namespace
     for name, volume in (("ten", "pv-20"), ("old", "pv-80")):
         namespace.wait_until_phase("persistentvolumeclaim", name, "Bound")
         assert namespace.volume_of(name)["metadata"]["name"] == volume
-    assert namespace.get("persistentvolume", "pv-5")["status"]["phase"] == "Available"
+    namespace.wait_until_phase("persistentvolume", "pv-5", "Available")
 
 
 def test_labels_and_class_choose_the_volume(namespace: Namespace) -> None:

@@ -56,7 +56,7 @@ def detach_loop_devices(one: layout.Node) -> None:
     A volume's loop device outlives its mount when its driver was killed, and keeps the disk below busy; and a pool of the
     driver's own making is a loop device between the two.
     """
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while remaining := loop_devices(one.directory):
         for device in reversed(remaining):  # upper ones first
             subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)

@@ -2,6 +2,7 @@
 """etcd, API server, controller manager and scheduler: plain processes of the machine."""
 
 import json
+import urllib.request
 
 from tests.cluster.harness import layout, processes
 from tests.cluster.harness.processes import run
@@ -21,7 +22,17 @@ def start_api() -> None:
     layout.ETCD_DATA.mkdir(parents=True, exist_ok=True)
     _write_audit_policy()
     processes.start("etcd", ["etcd", *_etcd_flags()])
+    # The API server gives up where etcd is not there within 20 s.
+    processes.wait_until(_etcd_answers, "etcd to answer", timeout_s=240)
     processes.start("kube-apiserver", ["kube-apiserver", *_api_server_flags()])
+
+
+def _etcd_answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"{layout.ETCD_URL}/health", timeout=5) as answer:
+            return b"true" in answer.read()
+    except OSError:
+        return False
 
 
 def wait_for_api() -> None:

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.harness import cluster, driver_image, programs
+from tests.cluster.harness import cluster, driver_image, processes, programs
 from tests.cluster.harness.processes import run
 
 VALUES = Path(__file__).resolve().parent.parent / "values.yaml"
@@ -36,11 +36,16 @@ def make_namespace() -> None:
 def install_snapshot_controller() -> None:
     """What VolumeSnapshots of any driver need: their definitions, and the controller."""
     run("kubectl", "apply", "--server-side", "--filename", programs.snapshot_crds())
-    definitions = [
-        f"crd/{file.stem.partition('_')[2]}.{file.name.partition('_')[0]}"
+    kinds = ",".join(
+        f"{file.stem.partition('_')[2]}.{file.name.partition('_')[0]}"
         for file in programs.snapshot_crds().iterdir()
-    ]
-    run("kubectl", "wait", "--for=condition=Established", "--timeout=180s", *definitions)
+    )
+    # Not `kubectl wait`: that fails at once where a definition has no conditions yet.
+    processes.wait_until(
+        lambda: '"items"' in run("kubectl", "get", kinds, "--output=json", check=False),
+        "the snapshots' definitions to be served",
+        timeout_s=240,
+    )
     run("kubectl", "apply", "--filename", SNAPSHOT_CONTROLLER)
 
 
@@ -62,7 +67,7 @@ def wait(*further: str) -> None:
     workloads = [(NAMESPACE, workload) for workload in own]
     for namespace, workload in [*workloads, ("kube-system", "deployment/snapshot-controller")]:
         try:
-            run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=180s")
+            run("kubectl", "--namespace", namespace, "rollout", "status", workload, "--timeout=420s")
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{logs()}") from error
 
