@@ -13,7 +13,6 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from csi_driver.linux import files, syscall
@@ -32,15 +31,7 @@ _PIECE: Final = 4000
 """Bytes of a path that are surely resolved at once (PATH_MAX is 4096)."""
 _CANNOT_SHARE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY)
 _NO_ATTRIBUTES: Final = (errno.EOPNOTSUPP, errno.ENODATA)
-_PERMISSIONS: Final = 0o777
-"""The bits of a mode that a file can be made with: chown(2) may clear the others."""
-_UNKNOWN: Final = -1
-
-
-def _umask() -> int:
-    """This process's; umask(2) itself would tell it only by changing it, for all threads."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 @dataclass
@@ -51,9 +42,6 @@ class _Copy:
     dst_fd: int
     transfer: Transfer
     share: bool
-    owner: tuple[int, int] = field(default_factory=lambda: (os.geteuid(), os.getegid()))
-    """Whom a new file belongs to."""
-    umask: int = field(default_factory=_umask)
     links: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
@@ -75,12 +63,9 @@ def copy_tree(src_fd: int, dst_fd: int, transfer: Transfer, *, share: bool) -> N
 
 def _inherit_nothing(dst_fd: int) -> None:
     """No ACL but the source's, for it and what is made in it: where the pool is, there may be a default one."""
-    for name in ("system.posix_acl_default", "system.posix_acl_access"):
-        try:
+    for name in _attributes(dst_fd):
+        if name in _ACLS:
             os.removexattr(dst_fd, name)
-        except OSError as error:
-            if error.errno not in _NO_ATTRIBUTES:
-                raise
 
 
 def _copy_directory(run: _Copy, path: str) -> list[str]:
@@ -99,7 +84,7 @@ def _copy_directory(run: _Copy, path: str) -> list[str]:
         try:
             below = _copy_entries(run, source, target, path)
             # Complete: what will be made in its subdirectories changes nothing of it.
-            _describe(run, source, target, os.fstat(source), _UNKNOWN)
+            _describe(source, target, os.fstat(source))
         finally:
             os.close(target)
     finally:
@@ -176,14 +161,15 @@ def _copy_file(run: _Copy, source: int, target: int, path: str, name: str) -> No
 
 
 def _copy_opened(run: _Copy, src_fd: int, target: int, name: str, found: os.stat_result) -> None:
-    mode = found.st_mode & _PERMISSIONS
+    # Writable until its content is there: some servers ask the file's mode at each write.
+    mode = found.st_mode & 0o777 | 0o600
     dst_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=target)
     try:
         if found.st_size:
             _copy_content(run, src_fd, dst_fd, found)
         else:
             run.transfer.advance(0)
-        _describe(run, src_fd, dst_fd, found, mode & ~run.umask)
+        _describe(src_fd, dst_fd, found)
     finally:
         os.close(dst_fd)
 
@@ -201,15 +187,18 @@ def _copy_content(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result) -
     copy_sparse(src_fd, dst_fd, run.transfer, found)
 
 
-def _describe(run: _Copy, src_fd: int, dst_fd: int, found: os.stat_result, made_with: int) -> None:
+def _describe(src_fd: int, dst_fd: int, found: os.stat_result) -> None:
     """Owner, mode, attributes and times, in the order in which one does not undo the other.
 
-    Each change costs: what is right since it was made (with which mode, `made_with` says) is left as it is.
+    To look costs less than to change: what is right since it was made is left as it is.
     """
-    if (found.st_uid, found.st_gid) != run.owner:
+    made = os.fstat(dst_fd)
+    mode = stat.S_IMODE(found.st_mode)
+    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
         os.fchown(dst_fd, found.st_uid, found.st_gid)
-    if stat.S_IMODE(found.st_mode) != made_with:
-        os.fchmod(dst_fd, stat.S_IMODE(found.st_mode))
+        os.fchmod(dst_fd, mode)
+    elif mode != stat.S_IMODE(made.st_mode):
+        os.fchmod(dst_fd, mode)
     for name in _attributes(src_fd):
         try:
             os.setxattr(dst_fd, name, os.getxattr(src_fd, name))

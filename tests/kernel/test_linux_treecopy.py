@@ -96,7 +96,7 @@ def test_everything_is_kept(make_pool: MakePool, fs_type: str, share: bool) -> N
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_modes_are_the_source_s_whatever_is_usual_where_the_copy_is(ext4_pool: Path, umask: int) -> None:
-    """Neither this process's umask nor a default ACL above the copy changes what a file may be read by."""
+    """Neither this process's umask nor a group or a default ACL that a directory above hands down changes who reads a file."""
     source, above = ext4_pool / "source", ext4_pool / "above"
     (source / "sub").mkdir(parents=True)
     for mode in (0o000, 0o600, 0o644, 0o666, 0o777, 0o2755, 0o4711):
@@ -107,6 +107,8 @@ def test_modes_are_the_source_s_whatever_is_usual_where_the_copy_is(ext4_pool: P
             os.chmod(path, mode)
     before = describe(source)
     above.mkdir()
+    os.chown(above, 0, 1234)
+    os.chmod(above, 0o2775)
     os.setxattr(above, "system.posix_acl_default", ACL)
     usual = os.umask(umask)
     try:
