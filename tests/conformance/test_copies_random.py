@@ -3,6 +3,7 @@
 
 import os
 import random
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +29,18 @@ def named(kind: Kind) -> str:
     return kind.name
 
 
-@pytest.mark.parametrize("number", [1, 2])
+def seeded(kind: Kind, run: str) -> random.Random:
+    """The first run is the same every time, the second one another one; which, the output of a failure says."""
+    seed = os.environ.get("ORLOP_SEED") or (secrets.token_hex(4) if run == "new" else kind.name)
+    print(f"ORLOP_SEED={seed} repeats it")  # noqa: T201 - shown if it fails
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize("run", ["same", "new"])
 @pytest.mark.parametrize("kind", TREES, ids=named)
-def test_trees(kind: Kind, number: int, place: Path) -> None:
+def test_trees(kind: Kind, run: str, place: Path) -> None:
     """In use, and nothing is synced by hand: what a program wrote before the call is in the snapshot."""
-    seed = random.Random(f"{kind.name}{number}")
+    seed = seeded(kind, run)
     with set_up(kind, place, 6 << 30) as scene:
         rig = scene.open()
         origin = rig.controller.create_volume(volume("origin", kind.size_bytes)).id
@@ -65,11 +73,11 @@ def check(scene: Scene, rig: Rig, name: str, before: dict[bytes, tuple[object, .
     rig.settle()
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("run", ["same", "new"])
 @pytest.mark.parametrize("kind", IMAGES, ids=named)
-def test_blocks(kind: Kind, number: int, place: Path) -> None:
+def test_blocks(kind: Kind, run: str, place: Path) -> None:
     """A raw device: what was synced is in the snapshot. Where blocks cannot be shared, it is not in use meanwhile."""
-    seed = random.Random(f"{kind.name}{number}")
+    seed = seeded(kind, run)
     with set_up(kind, place) as scene:
         rig = scene.open()
         block = capability(AccessMode.SINGLE_NODE_WRITER, AccessType.BLOCK)

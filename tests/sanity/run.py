@@ -63,6 +63,8 @@ MOUNT = Settings("mount")
 MOUNT_WITHOUT_CAPABILITY = Settings(
     "mount-without-CAP_SYS_RESOURCE", left_out="should work if node-expand is called after node-publish"
 )
+# As in a cluster of one node: then only the calls to attach are left.
+CONTROLLER = Settings("controller", expansion="controller")
 # A VolumeAttributesClass that every backend can do.
 MUTABLE = "retention: 0s\n"
 # It compares two topologies with what their serialization has left in them, and no answer that has one passes.
@@ -75,15 +77,15 @@ BACKENDS = {
             MOUNT,
             Settings("xfs", parameters="fsType: xfs\n"),
             Settings("block", "block"),
-            # Copies share blocks, and a cluster of one node lets its controller grow volumes: only the attach calls are left.
+            # Copies share blocks.
             Settings(
                 "reflink-controller", parameters="fsType: xfs\n", filesystem="xfs", expansion="controller"
             ),
         ),
     ),
     # The pool's filesystem has no project quota here; sizes that are not enforced must be said to be.
-    "directory": Backend("ext4", (MOUNT,), "enforce_capacity = false\n"),
-    "btrfs": Backend("btrfs", (MOUNT,), "enable_quota = true\n"),
+    "directory": Backend("ext4", (MOUNT, CONTROLLER), "enforce_capacity = false\n"),
+    "btrfs": Backend("btrfs", (MOUNT, CONTROLLER), "enable_quota = true\n"),
 }
 
 
