@@ -186,6 +186,20 @@ class Namespace:
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
 
+def doctors(component: str) -> dict[str, str]:
+    """What `orlop doctor` says in each of the driver's own pods, by their nodes; KubectlFailed if it finds an error."""
+    choice = f"--selector=app.kubernetes.io/component={component}"
+    listed = json.loads(kubectl("--namespace=orlop", "get", "pods", choice, "--output=json"))["items"]
+    # 1: warnings, which are to be read.
+    script = "orlop doctor --running || [ $? -eq 1 ]"
+    ask = ("--container=driver", "--", "sh", "-c", script)
+    return {
+        one["spec"]["nodeName"]: kubectl("--namespace=orlop", "exec", one["metadata"]["name"], *ask)
+        for one in listed
+        if "deletionTimestamp" not in one["metadata"]
+    }
+
+
 def claim(name: str, size: str = "1Gi", storage_class: str = "csi-disk", **spec: object) -> Manifest:
     wanted = {
         "storageClassName": storage_class,

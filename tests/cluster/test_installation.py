@@ -133,6 +133,16 @@ def test_helm_test_asks_every_nodes_doctor(installed: None) -> None:
     assert said.count("Phase:          Succeeded") == 2
 
 
+def test_who_does_not_use_helm_asks_the_drivers_pods(installed: None, minikube: None) -> None:
+    """As docs/install.md has it."""
+    said = kube.doctors("node")
+
+    assert said.keys() == {one.name for one in NODES}
+    for words in said.values():
+        assert f"{kube.DRIVER} {csi_driver.__version__} answers" in words
+        assert f"registers {kube.DRIVER}" in words
+
+
 def test_helm_test_fails_where_no_driver_runs(installed: None) -> None:
     kube.kubectl("--namespace", deploy.NAMESPACE, "delete", "daemonset/orlop-node", "--cascade=foreground")
     try:

@@ -162,6 +162,13 @@ def test_what_a_released_volume_kept_is_taken_over_on_the_other_node(namespace: 
     assert namespace.shell("second", "cat /data/file") == "precious"
 
 
+def test_each_node_s_doctor_finds_this_driver_well(namespace: Namespace) -> None:
+    said = kube.doctors("shared-node")
+
+    assert said.keys() == set(NODES)
+    assert all(f"registers {DRIVER}" in words for words in said.values())
+
+
 def test_a_directory_of_long_ago_serves_replicas_on_two_nodes(namespace: Namespace, reports: None) -> None:
     namespace.apply_example("shared-directory.yaml")
 
