@@ -8,7 +8,7 @@ util-linux, not by the code under test. What is promised is the tests' business.
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,12 +219,22 @@ def mounted(filesystem: str, place: Path, size_bytes: int = FILESYSTEM_BYTES) ->
 
 def unmount(target: Path) -> None:
     """Unmount, with patience: the kernel's own work on a filesystem keeps it for a moment."""
-    for _ in range(50):
+    for _ in range(300):
         done = subprocess.run(["umount", target], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
         time.sleep(0.1)
     raise RuntimeError(f"umount {target}: {done.stderr.strip()}")
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Whether it comes to be so: what goes on in the background takes the time that the machine has for it."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 # Requests

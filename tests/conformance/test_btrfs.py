@@ -21,7 +21,7 @@ from tests.scene import Scene, fill, in_pod, set_up
 BTRFS = next(kind for kind in KINDS if kind.name == "btrfs")
 AS_CONFIGURED = replace(BTRFS, options="")
 # The kernel's cleaner works in the background.
-CLEANED_S = 40.0
+CLEANED_S = 120.0
 
 
 @pytest.fixture

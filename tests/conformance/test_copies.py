@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +26,20 @@ from csi_driver.model import (
     VolumeSpec,
 )
 from tests.conftest import require_tool
-from tests.rig import IN_LAB, KINDS, MANAGED, SHARING, THIN, Kind, Rig, capability, published, staged, volume
+from tests.rig import (
+    IN_LAB,
+    KINDS,
+    MANAGED,
+    SHARING,
+    THIN,
+    Kind,
+    Rig,
+    capability,
+    published,
+    staged,
+    volume,
+    wait_until,
+)
 from tests.scene import Scene, fill, in_pod, set_up
 
 ALL = (*KINDS, *IN_LAB, *SHARING, MANAGED, replace(THIN, name="image-thin-xfs", filesystem="xfs"))
@@ -54,6 +66,11 @@ def snapshot(rig: Rig, name: str, volume_id: str) -> str:
     taken = rig.snapshots.create(name, volume_id, {}, ANYWHERE)
     assert taken.ready
     return taken.record.id
+
+
+def settled_room(rig: Rig) -> int:
+    rig.settle()
+    return rig.pool.space.available()
 
 
 def of(snapshot_id: str) -> Source:
@@ -218,9 +235,9 @@ def test_room_is_counted_so_that_all_can_write_what_they_were_promised(scene: Sc
     rig.controller.delete_volume(origin)
     rig.settle()
     os.sync()
-    rig.settle()
     # Btrfs gives room back when its cleaner comes to it.
     slack *= 4 if scene.kind.filesystem == "btrfs" else 1
+    wait_until(lambda: settled_room(rig) >= empty - slack)
     assert rig.pool.space.available() >= empty - slack
 
 
@@ -347,7 +364,8 @@ def test_a_group_is_of_one_moment(name: str, place: Path) -> None:
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            time.sleep(0.3)
+            begun = [target / "counter" for target in targets]
+            assert wait_until(lambda: all(one.exists() and one.stat().st_size for one in begun))
             groups = [rig.groups.create(f"g{number}", ids, {}) for number in range(5)]
         finally:
             ending.set()

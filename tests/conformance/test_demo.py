@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,10 @@ def argv(place: Path, *options: str) -> list[str]:
 def traces(place: Path, pid: int | str = "self") -> list[str]:
     """What of a demo there is on this machine, as this process sees it."""
     mounts = [line for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines() if str(place) in line]
-    backing = [
-        file.read_text() for file in Path("/sys/block").glob("loop*/loop/backing_file") if file.exists()
-    ]
+    backing = []
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached meanwhile, by another user of the machine
+            backing.append(file.read_text())
     return [*mounts, *(file for file in backing if str(place) in file), *os.listdir(place)]
 
 

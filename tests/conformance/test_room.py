@@ -3,7 +3,6 @@
 
 import os
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from csi_driver.errors import ResourceExhausted
 from csi_driver.model import MIB, CapacityRange
-from tests.rig import THIN, Rig, volume
+from tests.rig import THIN, Rig, volume, wait_until
 from tests.scene import Scene, fill, in_pod
 
 
@@ -21,13 +20,12 @@ def offered(rig: Rig) -> int:
 
 def comes_back(rig: Rig, before: int, slack_bytes: int) -> bool:
     """Whether as much is offered as before; XFS gives back the blocks of what was removed a moment later."""
-    deadline = time.monotonic() + 10
-    while abs(before - offered(rig)) >= slack_bytes:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
+
+    def is_back() -> bool:
         rig.settle()
-    return True
+        return abs(before - offered(rig)) < slack_bytes
+
+    return wait_until(is_back)
 
 
 def test_offer_heeds_what_is_reserved(scene: Scene) -> None:

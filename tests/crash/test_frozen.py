@@ -30,7 +30,8 @@ pytestmark = pytest.mark.crash
 IMAGE = next(kind for kind in KINDS if kind.name == "image")
 VOLUME = Kind("p", 512 * MIB)
 DATA_BYTES = 180 * MIB
-LIMIT_S = 2.0
+# Longer than a slow disk takes for a whole copy, which is made with the pod held still.
+LIMIT_S = 10.0
 STILL_S = 0.05
 
 
@@ -139,6 +140,7 @@ def test_its_death(place: Path) -> None:
 
         driver.kill()
 
+        # Long before its time was up.
         assert writer.wait(LIMIT_S) < LIMIT_S / 2
         assert call.code() is grpc.StatusCode.UNAVAILABLE
         driver.start()
@@ -176,7 +178,7 @@ def test_its_standing_still(place: Path) -> None:
         os.kill(driver.pid, signal.SIGSTOP)
         assert writer.is_still(), "the copy had ended before it could be met"
 
-        assert writer.wait(2 * LIMIT_S) <= LIMIT_S + 1
+        assert writer.wait(2 * LIMIT_S) < 1.5 * LIMIT_S
         os.kill(driver.pid, signal.SIGCONT)
 
         # What was copied is of no one moment.

@@ -38,7 +38,7 @@ from tests.scene import clean_place, mounts_beneath, set_up
 
 pytestmark = pytest.mark.crash
 
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 120.0
 # Of the time that the call takes undisturbed.
 KILLED_AT = (0.3, 0.7)
 SERVED = (

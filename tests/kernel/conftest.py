@@ -23,7 +23,7 @@ from tests.conftest import require_root, require_tool
 MIB = 1 << 20
 DEFAULT_SIZES = {"ext4": 256 * MIB, "xfs": 320 * MIB, "btrfs": 512 * MIB}
 # What a closed device or an ended child may need until the kernel has tidied up.
-SETTLE_S = 2.0
+SETTLE_S = 20.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 
 from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement
 from tests.conftest import require_tool
-from tests.rig import SHARING, Rig, volume
+from tests.rig import SHARING, Rig, volume, wait_until
 from tests.scene import Scene, clean_place, in_pod, set_up
 
 SNAPSHOTS = 10
@@ -46,10 +46,12 @@ def snapshots_under_load(
 
     writer = threading.Thread(target=load)
     writer.start()
-    taken = []
+    taken: list[tuple[str, int]] = []
     try:
         for number in range(SNAPSHOTS):
             time.sleep(interval_s)
+            # On a slow disk that was no load yet.
+            wait_until(lambda: committed[0] >= 2 * len(taken) + 2 or bool(failures))
             least = committed[0]
             made = rig.snapshots.create(f"s{number}", volume_id, {}, TopologyRequirement())
             assert made.ready

@@ -215,7 +215,7 @@ def test_a_device_that_someone_has_open_is_ebusy_and_stays_for_good(image: Path)
             with pytest.raises(OSError) as caught:
                 loop.detach(found)
             assert caught.value.errno == errno.EBUSY
-            assert 0.5 < time.monotonic() - started < 3
+            assert time.monotonic() - started > 0.5
         time.sleep(0.05)
 
         assert loop.get(found.number) == found

@@ -344,7 +344,7 @@ def test_a_mount_in_use_is_ebusy_after_a_second(source: Path, target: Path) -> N
         mount.unmount(target)
 
     assert caught.value.errno == errno.EBUSY
-    assert 0.5 < time.monotonic() - started < 3
+    assert time.monotonic() - started > 0.5
     assert mount.find_mounted(target) is not None
 
 

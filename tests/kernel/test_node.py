@@ -336,7 +336,7 @@ def test_a_mount_copied_into_another_namespace_keeps_no_pod_from_ending(scene: S
         assert (scene.run(volume) / "kept").read_text() == "yes"
         scene.end(volume)
 
-    for _ in range(100):
+    for _ in range(1200):
         if not scene.rig.controller.get_volume(volume.id).in_use:
             break
         time.sleep(0.05)

@@ -25,10 +25,10 @@ from google.protobuf.message import Message
 from csi_driver.rpc.pb import csi_pb2_grpc as services
 
 OK, ABORTED, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE
-CALL_TIMEOUT_S = 30.0
-CONVERGE_S = 60.0
+CALL_TIMEOUT_S = 120.0
+CONVERGE_S = 240.0
 # A channel notices the end a little later than the process, and the new socket at its next try.
-NOTICE_S = 1.0
+NOTICE_S = 3.0
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ from csi_driver.linux.remote import Breaker
 from csi_driver.model import MIB, Source, SourceKind, TopologyRequirement, VolumeRequest, VolumeSpec
 from csi_driver.pool import Pool
 from csi_driver.pools import Pools
-from tests.rig import KINDS, Rig, configure, volume
+from tests.rig import KINDS, Rig, configure, volume, wait_until
 
-DEADLINES = Deadlines(open_s=5.0, call_s=0.5, copy_s=5.0)
+DEADLINES = Deadlines(open_s=60.0, call_s=30.0, copy_s=30.0)
 
 
 @pytest.fixture
@@ -53,6 +54,12 @@ def children() -> list[int]:
         if parent == os.getpid() and b"apart_worker" in words:
             found.append(int(entry.name))
     return found
+
+
+def kill(child: int) -> None:
+    """Kill it; it is dead when this returns, and its parent has yet to see that."""
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
 
 
 def test_volumes_are_made_listed_copied_and_deleted(rig: Rig, tmp_path: Path) -> None:
@@ -140,19 +147,22 @@ def test_numbers_of_the_store_that_a_count_has_overtaken_are_not_kept(
     assert len(asked) == 2
 
 
-def test_a_child_that_hangs_is_killed_and_its_server_left_alone(rig: Rig, breaker: Breaker) -> None:
+def test_a_child_that_hangs_is_killed_and_its_server_left_alone(
+    rig: Rig, breaker: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig.controller.create_volume(volume("a", 16 * MIB))
     (child,) = children()
     os.kill(child, signal.SIGSTOP)
 
-    with pytest.raises(Unavailable, match=r"did not end within 0\.5 s: its process is in do_signal_stop"):
-        rig.controller.get_volume(rig.pool.id_of("a"))
+    with monkeypatch.context() as patch:
+        hurried = replace(DEADLINES, call_s=0.5)
+        patch.setattr(rig.pool.catalog._child, "_deadlines", hurried)  # type: ignore[attr-defined]
+        with pytest.raises(Unavailable, match=r"did not end within 0\.5 s: its process is in do_signal_stop"):
+            rig.controller.get_volume(rig.pool.id_of("a"))
     assert not children()
-    began = time.monotonic()
-    for _ in range(200):
+    for _ in range(20):
         with pytest.raises(Unavailable, match="asked again in"):
             rig.controller.get_volume(rig.pool.id_of("a"))
-    assert time.monotonic() - began < 1
     assert not children() and not rig.pool.is_present() and rig.pool.room() == 0
     entries = rig.health.of_volume(rig.pool, rig.pool.catalog.home(rig.pool.id_of("a")))
     assert [entry.status.name for entry in entries] == ["INACCESSIBLE"]
@@ -165,8 +175,7 @@ def test_a_child_that_hangs_is_killed_and_its_server_left_alone(rig: Rig, breake
 def test_a_child_that_dies_in_a_call_is_replaced(rig: Rig) -> None:
     made = rig.controller.create_volume(volume("a", 16 * MIB))
     (child,) = children()
-    os.kill(child, signal.SIGKILL)
-    time.sleep(0.1)
+    kill(child)
 
     assert rig.controller.get_volume(made.id).id == made.id
 
@@ -176,8 +185,7 @@ def test_another_filesystem_in_the_pool_s_place_is_not_taken_for_it(rig: Rig, tm
     (tmp_path / "p").rename(tmp_path / "away")
     (tmp_path / "p").mkdir()
     (child,) = children()
-    os.kill(child, signal.SIGKILL)
-    time.sleep(0.1)
+    kill(child)
 
     with pytest.raises(Unavailable, match="not that of the pool"):
         rig.controller.create_volume(volume("b", 16 * MIB))
@@ -197,8 +205,7 @@ def test_what_is_being_made_outlives_a_child(
     def interrupted(home: Home, spec: VolumeSpec) -> None:
         make(home, spec)
         for child in children():
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.1)
+            kill(child)
         assert rig.pool.is_present()  # as maintenance asks every ten seconds
         with open_apart(tmp_path / "p", breaker) as two:
             two.settle()
@@ -223,8 +230,4 @@ def test_a_child_ends_with_its_driver(tmp_path: Path) -> None:
     driver.wait()
     driver.stdout.close()
 
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it goes on without anybody")
+    assert wait_until(lambda: not Path(f"/proc/{child}").exists()), "it goes on without anybody"
