@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -105,15 +106,18 @@ def test_at_the_deadline_the_whole_group_dies_and_is_reaped(tmp_path: Path) -> N
 
 
 def test_a_grandchild_that_left_the_group_cannot_hold_us(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
     script = (
-        "import subprocess, time;subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+        "import subprocess, sys, time; made = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+        f"open({os.fspath(pid_file)!r}, 'w').write(str(made.pid)); time.sleep(60)"
     )
     started = time.monotonic()
 
     with pytest.raises(CommandFailed, match="did not end within"):
-        run(python(script), timeout_s=0.5)
+        run(python(script), timeout_s=2)
 
     assert time.monotonic() - started < 50
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 def test_only_the_descriptors_named_are_inherited() -> None:
