@@ -80,16 +80,23 @@ def mounts_beneath(base: Path) -> list[str]:
     return [target for line in lines if Path(target := line.split()[4]).is_relative_to(base)]
 
 
-def loops_beneath(base: Path) -> list[str]:
-    found = []
+def backing_files() -> Iterator[tuple[str, str]]:
+    """Each loop device of this machine and its file, a line as the kernel tells it."""
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
-            backing = path.read_text().strip()
+            line = path.read_text()
         except OSError:
             continue  # detached meanwhile, by another user of the machine
+        yield f"/dev/{path.parent.parent.name}", line
+
+
+def loops_beneath(base: Path) -> list[str]:
+    found = []
+    for device, line in backing_files():
+        backing = line.strip()
         # Not the scene's own filesystem: a mount namespace that somebody made meanwhile may keep it for a while.
         if Path(backing).is_relative_to(base) and not Path(backing).name.startswith(FILESYSTEM_IMAGE):
-            found.append(f"/dev/{path.parent.parent.name} {backing}")
+            found.append(f"{device} {backing}")
     return found
 
 

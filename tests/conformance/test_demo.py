@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import require_root, require_tool
+from tests.scene import backing_files
 
 pytestmark = pytest.mark.kernel
 
@@ -32,11 +32,8 @@ def argv(place: Path, *options: str) -> list[str]:
 def traces(place: Path, pid: int | str = "self") -> list[str]:
     """What of a demo there is on this machine, as this process sees it."""
     mounts = [line for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines() if str(place) in line]
-    backing = []
-    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with suppress(OSError):  # detached meanwhile, by another user of the machine
-            backing.append(file.read_text())
-    return [*mounts, *(file for file in backing if str(place) in file), *os.listdir(place)]
+    backing = [line for _, line in backing_files() if str(place) in line]
+    return [*mounts, *backing, *os.listdir(place)]
 
 
 @pytest.mark.parametrize(

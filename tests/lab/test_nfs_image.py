@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images on an NFS export, as deployed: a controller, and node plugins on two machines of which one at a time has a volume."""
 
-import contextlib
 import os
 import subprocess
 import time
@@ -17,6 +16,7 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import Driver
 from tests.lab.hosts import GaneshaServer, Host, KernelServer, wait_for
+from tests.scene import backing_files
 
 MIB = 1 << 20
 CONFIG = """
@@ -277,11 +277,7 @@ def new_host() -> Host:
 
 def loops() -> list[str]:
     """The devices that have an image of a volume."""
-    found = []
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):  # It was taken down meanwhile.
-            found.append(path.read_text())
-    return [one for one in found if "/volumes/" in one]
+    return [line for _, line in backing_files() if "/volumes/" in line]
 
 
 class Refusal(NamedTuple):
