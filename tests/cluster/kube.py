@@ -6,12 +6,11 @@ Every wait has an end, and its failure shows the objects' events. Not its busine
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.harness import node
+from tests.cluster.harness import node, processes
 from tests.cluster.harness.images import BUSYBOX_IMAGE
 from tests.cluster.harness.layout import Node
 from tests.cluster.harness.processes import environment
@@ -50,15 +49,10 @@ def wait_until(
     is_so: Callable[[], bool], what: str, timeout_s: float = 180, tell: Callable[[], str] = str
 ) -> None:
     """Wait for `is_so`; when it does not come, fail with what `tell` has to say."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        asked = time.monotonic()
-        if is_so():
-            return
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout_s:.0f} s for {what}\n{tell()}")
-        # No longer asking than not: kubectl takes the processors from what is waited for.
-        time.sleep(max(0.2, time.monotonic() - asked))
+    try:
+        processes.wait_until(is_so, what, timeout_s)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{tell()}") from error
 
 
 class Namespace:
@@ -186,18 +180,23 @@ class Namespace:
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
 
-def doctors(component: str) -> dict[str, str]:
-    """What `orlop doctor` says in each of the driver's own pods, by their nodes; KubectlFailed if it finds an error."""
-    choice = f"--selector=app.kubernetes.io/component={component}"
-    listed = json.loads(kubectl("--namespace=orlop", "get", "pods", choice, "--output=json"))["items"]
-    # 1: warnings, which are to be read.
-    script = "orlop doctor --running || [ $? -eq 1 ]"
-    ask = ("--container=driver", "--", "sh", "-c", script)
+def in_each_driver(component: str, *command: str) -> dict[str, str]:
+    """Run a command in each of the driver's own pods; what it says, by their nodes; KubectlFailed if it fails."""
+    choice = [f"--selector=app.kubernetes.io/component={component}", "--field-selector=status.phase=Running"]
+    listed = json.loads(kubectl("--namespace=orlop", "get", "pods", *choice, "--output=json"))["items"]
     return {
-        one["spec"]["nodeName"]: kubectl("--namespace=orlop", "exec", one["metadata"]["name"], *ask)
+        one["spec"]["nodeName"]: kubectl(
+            "--namespace=orlop", "exec", one["metadata"]["name"], "--container=driver", "--", *command
+        )
         for one in listed
         if "deletionTimestamp" not in one["metadata"]
     }
+
+
+def doctors(component: str) -> dict[str, str]:
+    """What `orlop doctor` says in each of them; KubectlFailed if it finds an error."""
+    # 1: warnings, which are to be read.
+    return in_each_driver(component, "sh", "-c", "orlop doctor --running || [ $? -eq 1 ]")
 
 
 def claim(name: str, size: str = "1Gi", storage_class: str = "csi-disk", **spec: object) -> Manifest:

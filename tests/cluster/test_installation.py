@@ -63,16 +63,8 @@ def writes_on(namespace: Namespace, writer: str) -> None:
 
 def versions() -> dict[str, str]:
     """What `orlop version` says in the driver's pod of each node."""
-    choice = ["--selector=app.kubernetes.io/component=node", "--field-selector=status.phase=Running"]
-    listed = json.loads(kube.kubectl("--namespace=orlop", "get", "pods", *choice, "--output=json"))["items"]
-    ask = ["--container=driver", "--", "orlop", "version", "--json"]
-    return {
-        one["spec"]["nodeName"]: json.loads(
-            kube.kubectl("--namespace=orlop", "exec", one["metadata"]["name"], *ask)
-        )["version"]
-        for one in listed
-        if "deletionTimestamp" not in one["metadata"]
-    }
+    said = kube.in_each_driver("node", "orlop", "version", "--json")
+    return {home: json.loads(words)["version"] for home, words in said.items()}
 
 
 def name_image(name: str) -> None:
