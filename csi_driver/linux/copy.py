@@ -76,7 +76,8 @@ class Transfer:
 def copy_sparse(src_fd: int, dst_fd: int, transfer: Transfer, found: os.stat_result | None = None) -> None:
     """Make the empty destination read as the source; it shares nothing with it. Not synced.
 
-    `found` is what fstat(2) says of the source, if the caller has asked. Blocks that the destination has allocated stay so. Raises Stopped; OSError: ENOSPC, EDQUOT, EIO, …
+    `found` is what fstat(2) says of the source, if the caller has asked. Blocks that the destination has allocated stay so.
+    Raises Stopped; OSError: ENOSPC, EDQUOT, EIO, …
     """
     found = found or os.fstat(src_fd)
     size = found.st_size
