@@ -46,9 +46,7 @@ class Driver:
             took_s = time.perf_counter() - began
             if self._process.poll() is not None or took_s > START_TIMEOUT_S:
                 self.kill()
-                raise RuntimeError(
-                    f"orlop serve did not start: {self._log.read_text(errors='replace')[-2000:]}"
-                )
+                raise RuntimeError(f"orlop serve did not start: {self._log_tail()}")
             time.sleep(0.002)
         return time.perf_counter() - began
 
@@ -71,12 +69,29 @@ class Driver:
         try:
             code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            threads = self._threads()
             self.kill()
-            raise RuntimeError(f"orlop serve did not end within {STOP_TIMEOUT_S:.0f} s of SIGTERM") from None
-        if code != 0:
             raise RuntimeError(
-                f"orlop serve ended with {code}: {self._log.read_text(errors='replace')[-2000:]}"
-            )
+                f"orlop serve did not end within {STOP_TIMEOUT_S:.0f} s of SIGTERM; its threads:\n{threads}\n"
+                f"its log:\n{self._log_tail()}"
+            ) from None
+        if code != 0:
+            raise RuntimeError(f"orlop serve ended with {code}: {self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        return self._log.read_text(errors="replace")[-2000:]
+
+    def _threads(self) -> str:
+        """What each waits for in the kernel, as root sees it (proc_pid_wchan(5))."""
+        told = []
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            try:
+                told.append(
+                    f"{task.name} {(task / 'comm').read_text().strip()}: {(task / 'wchan').read_text()}"
+                )
+            except OSError as error:  # one that has just ended
+                told.append(f"{task.name}: {error.strerror}")
+        return "\n".join(sorted(told))
 
     def resident_bytes(self) -> int:
         """VmRSS."""

@@ -9,10 +9,13 @@ inconsistent, no rescan; but blocks shared by a snapshot stay charged to the sub
 is deleted, and a clone starts at 0.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
 import os
+import threading
+from concurrent.futures import Future
 from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from pathlib import Path
 from typing import Final, Literal
@@ -31,6 +34,8 @@ BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA: Final = 4
 BTRFS_QGROUP_LIMIT_MAX_RFER: Final = 1 << 0
 _UNLIMITED: Final = (1 << 64) - 1
 _LEVEL_SHIFT: Final = 48
+_REQUEST_S: Final = 0.1
+"""A commit that was asked for has begun by then, or the request was missed (or the disk is slow)."""
 _MAGIC: Final = 0x94
 
 
@@ -386,10 +391,36 @@ def commit(fd: int) -> None:
 
 
 def start_commit(fd: int) -> int:
-    """Begin a commit and do not wait. After it the kernel begins to give back the space of deleted subvolumes."""
-    transaction = c_uint64()
-    ioctl(fd, BTRFS_IOC_START_SYNC, transaction, "BTRFS_IOC_START_SYNC")
-    return transaction.value
+    """Begin a commit and do not wait. After it the kernel begins to give back the space of deleted subvolumes.
+
+    The kernel's thread for it can miss a request, and who made it then sleeps until that thread's next round, up to half a
+    minute, and cannot be killed (seen on Linux 6.18: the request's flag is cleared as another commit ends). One more
+    request wakes it, so one is made whenever the others take long; on a slow disk that does no harm.
+    """
+    requests: list[Future[int]] = []
+    patience_s = _REQUEST_S
+    while True:
+        requests.append(_request_commit(fd))
+        # All of them: they have our fd, and no process ends while a thread of it sleeps like that.
+        if not concurrent.futures.wait(requests, patience_s).not_done:
+            return requests[0].result()
+        patience_s *= 2
+
+
+def _request_commit(fd: int) -> Future[int]:
+    answer: Future[int] = Future()
+
+    def request() -> None:
+        transaction = c_uint64()
+        try:
+            ioctl(fd, BTRFS_IOC_START_SYNC, transaction, "BTRFS_IOC_START_SYNC")
+        except OSError as error:
+            answer.set_exception(error)
+        else:
+            answer.set_result(transaction.value)
+
+    threading.Thread(target=request, name="commit", daemon=True).start()
+    return answer
 
 
 def wait_rescan(root_fd: int) -> None:
