@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.cluster.harness import cluster, deploy, driver_image, layout, node, processes
+from tests.cluster.harness import cluster, deploy, driver_image, layout, node, prerequisites, processes
 from tests.cluster.harness.layout import Node
 
 
@@ -14,6 +14,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="tests/cluster/cluster", description="A Kubernetes on this machine."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("packages", help="install the Debian packages that are missing; the others do it too")
     verbs.add_parser("build", help="build programs and images into the cache (17 minutes on 2 cores, once)")
     verbs.add_parser("up", help="start it, or leave it as it is").add_argument(
         "nodes", type=int, nargs="?", default=1
@@ -40,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     match arguments.verb:
+        case "packages":
+            prerequisites.check()
         case "build":
             cluster.build()
         case "up":
