@@ -6,6 +6,7 @@ Kept in memory only: a restart drops what is half made, and the repeat begins an
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,9 @@ from csi_driver.linux.copy import Stopped, Transfer
 from csi_driver.model import Record, SnapshotRecord, SourceKind
 
 log = logging.getLogger(__name__)
+
+FAILURE_KEPT_S = 3600.0
+"""How long a failure is kept for a repeat; sidecars repeat within minutes, unless the claim was deleted meanwhile."""
 
 
 class Job:
@@ -31,6 +35,7 @@ class Job:
         self.future: Future[None] | None = None
         """Its turn, if it has to wait for one."""
         self._ended = threading.Event()
+        self._ended_at = 0.0
         self._held = ExitStack()
         self._has_let_go = False
         self._keeping = threading.Lock()
@@ -44,6 +49,10 @@ class Job:
     def is_running(self) -> bool:
         """Whether it has not ended yet (it may be waiting for its turn)."""
         return not self._ended.is_set()
+
+    def is_forgotten(self, now: float) -> bool:
+        """Whether it ended so long ago (time.monotonic) that nobody will ask how."""
+        return self._ended.is_set() and now - self._ended_at > FAILURE_KEPT_S
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended within so long."""
@@ -66,6 +75,7 @@ class Job:
     def end(self, failure: BaseException | None) -> None:
         """Said by whoever runs it."""
         self.failure = failure
+        self._ended_at = time.monotonic()
         self._ended.set()
 
     def progress(self) -> str:
@@ -103,7 +113,10 @@ class Jobs:
     def start(self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None]) -> Job:
         """Run `work`."""
         job = Job(record, transfer)
+        now = time.monotonic()
         with self._guard:
+            for old in [made_id for made_id, one in self._jobs.items() if one.is_forgotten(now)]:
+                del self._jobs[old]
             self._jobs[record.id] = job
         if self._pool is None:
             self._run(job, work)

@@ -61,6 +61,23 @@ def test_locks_that_a_job_is_given_as_it_ends_are_let_go_of() -> None:
         pass
 
 
+def test_a_failure_that_nobody_asks_about_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise Aborted("no luck")
+
+    jobs = Jobs(0)
+    jobs.start(RECORD, Transfer(), fail)
+    other = msgspec.structs.replace(RECORD, id="p-0-3")
+    jobs.start(other, Transfer(), lambda: None)
+    assert jobs.find(RECORD.id) is not None, "kept for a repeat"
+
+    monkeypatch.setattr("csi_driver.jobs.FAILURE_KEPT_S", -1.0)
+    jobs.start(other, Transfer(), lambda: None)
+
+    assert jobs.find(RECORD.id) is None
+    jobs.take_failure(RECORD.id)
+
+
 def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> None:
     jobs, locks, going, begun = Jobs(1), Locks(), threading.Event(), threading.Event()
     first = jobs.start(RECORD, Transfer(), lambda: assert_set(going))
