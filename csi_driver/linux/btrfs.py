@@ -36,6 +36,8 @@ _UNLIMITED: Final = (1 << 64) - 1
 _LEVEL_SHIFT: Final = 48
 _REQUEST_S: Final = 0.1
 """A commit that was asked for has begun by then, or the request was missed (or the disk is slow)."""
+_PAUSE_S: Final = 2.0
+"""While another commit goes on all requests are missed; then there is one within this."""
 _MAGIC: Final = 0x94
 
 
@@ -277,7 +279,9 @@ def quota_mode(root_fd: int) -> Literal["off", "qgroup", "simple"]:
     try:
         if (folder / "enabled").read_text().strip() != "1":
             return "off"
-    except FileNotFoundError:
+    except OSError as error:
+        if not syscall.is_gone(error):
+            raise
         return "off"
     try:
         mode = (folder / "mode").read_text().strip()
@@ -368,7 +372,9 @@ def is_inconsistent(root_fd: int) -> bool:
     """Whether full qgroups have lost count, and stay so until a rescan. Simple quotas never do."""
     try:
         return (_sysfs(root_fd) / "qgroups" / "inconsistent").read_text().strip() == "1"
-    except FileNotFoundError:
+    except OSError as error:
+        if not syscall.is_gone(error):
+            raise
         return False
 
 
@@ -404,7 +410,7 @@ def start_commit(fd: int) -> int:
         # All of them: they have our fd, and no process ends while a thread of it sleeps like that.
         if not concurrent.futures.wait(requests, patience_s).not_done:
             return requests[0].result()
-        patience_s *= 2
+        patience_s = min(2 * patience_s, _PAUSE_S)
 
 
 def _request_commit(fd: int) -> Future[int]:
@@ -414,12 +420,15 @@ def _request_commit(fd: int) -> Future[int]:
         transaction = c_uint64()
         try:
             ioctl(fd, BTRFS_IOC_START_SYNC, transaction, "BTRFS_IOC_START_SYNC")
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - told to who waits, and always told
             answer.set_exception(error)
         else:
             answer.set_result(transaction.value)
 
-    threading.Thread(target=request, name="commit", daemon=True).start()
+    try:
+        threading.Thread(target=request, name="commit", daemon=True).start()
+    except RuntimeError as error:
+        answer.set_exception(OSError(errno.EAGAIN, f"BTRFS_IOC_START_SYNC: {error}", syscall.describe(fd)))
     return answer
 
 

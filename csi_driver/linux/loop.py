@@ -47,6 +47,9 @@ _MINORS: Final = 0xFFFFF
 _CONTROL: Final = "/dev/loop-control"
 _SYS_BLOCK: Final = "/sys/block"
 _PARTITIONS: Final = "/proc/partitions"
+_READINGS: Final = 10
+# Bytes that the kernel surely gives in one read, a page less what its last line may take.
+_ONE_READ: Final = 4000
 # Of threads that are given the same free number all but one are refused and ask again.
 _ATTEMPTS: Final = 500
 # What a device answers that another has taken, or is just being made or removed.
@@ -130,9 +133,18 @@ def _sized() -> list[int]:
 
     One read for all: to look at each device in sysfs takes a millisecond where a node keeps a hundred idle ones.
     """
-    with open(_PARTITIONS, "rb") as file:
-        names = file.read().split()[7::4]  # Behind the headline: major, minor, blocks, name.
-    return sorted(int(name[4:]) for name in names if name.startswith(b"loop") and name[4:].isdigit())
+    numbers: set[int] = set()
+    before = None
+    # The kernel goes on by position where a long list takes several reads: a disk that goes meanwhile hides another one.
+    for _ in range(_READINGS):
+        with open(_PARTITIONS, "rb") as file:
+            listed = file.read()
+        names = listed.split()[7::4]  # Behind the headline: major, minor, blocks, name.
+        numbers |= {int(name[4:]) for name in names if name.startswith(b"loop") and name[4:].isdigit()}
+        if listed == before or len(listed) < _ONE_READ:
+            break
+        before = listed
+    return sorted(numbers)
 
 
 @dataclass(frozen=True, slots=True)

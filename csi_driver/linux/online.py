@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from csi_driver.linux import btrfs
+from csi_driver.linux import btrfs, syscall
 from csi_driver.linux.quota import device_path
 from csi_driver.linux.syscall import ioctl, request_code
 
@@ -167,9 +167,10 @@ def error_count(fs_type: str, device: int) -> int:
             return sum(
                 _btrfs_errors(path.parent.parent) for path in Path("/sys/fs/btrfs").glob(f"*/devices/{disk}")
             )
-    except FileNotFoundError:
-        pass  # Not mounted.
-    return 0
+    except OSError as error:
+        if not syscall.is_gone(error):
+            raise
+    return 0  # Not mounted, or nothing is counted.
 
 
 def _btrfs_errors(folder: Path) -> int:

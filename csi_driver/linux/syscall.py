@@ -8,12 +8,24 @@ threads share nothing mutable and a call costs about a microsecond. ctypes relea
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 from collections.abc import Callable
-from ctypes import c_char_p, c_int, c_int64, c_long, c_size_t, c_uint, c_uint16, c_uint32, c_uint64, c_void_p
-from typing import Final
+from ctypes import (
+    c_char,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_long,
+    c_size_t,
+    c_uint,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_ulong,
+    c_void_p,
+)
+from typing import Any, Final
 
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
@@ -81,6 +93,11 @@ def describe(fd: int) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return f"fd {fd}"
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether a file of sysfs went away, before it was opened (ENOENT) or after (ENODEV)."""
+    return error.errno in (errno.ENOENT, errno.ENODEV)
 
 
 class Timestamp(ctypes.Structure):
@@ -180,6 +197,8 @@ _fstatfs = libc.fstatfs
 _fstatfs.argtypes = [c_int, c_void_p]
 _syncfs = libc.syncfs
 _syncfs.argtypes = [c_int]
+_ioctl = libc.ioctl
+_ioctl.argtypes = [c_int, c_ulong, c_void_p]
 _fallocate = libc.fallocate64
 _fallocate.argtypes = [c_int, c_int, c_int64, c_int64]
 
@@ -301,12 +320,22 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise failure("fallocate", describe(fd))
 
 
-def ioctl(fd: int, request: int, argument: object, operation: str) -> int:
-    """ioctl(2) with a ctypes structure, a bytearray or an int; `operation` is the request's kernel name."""
-    try:
-        return fcntl.ioctl(fd, request, argument)  # type: ignore[call-overload,no-any-return]  # any buffer
-    except OSError as error:
-        raise failure(operation, describe(fd), error.errno) from None
+def ioctl(fd: int, request: int, argument: Any, operation: str) -> int:
+    """ioctl(2) with a ctypes object, a bytearray or an int; `operation` is the request's kernel name.
+
+    Not `fcntl.ioctl`: with more than 1024 bytes it keeps the GIL, and all threads wait while the kernel writes a volume out.
+    """
+    pointer: object
+    if isinstance(argument, int):
+        pointer = argument
+    elif isinstance(argument, bytearray):
+        pointer = ctypes.byref((c_char * len(argument)).from_buffer(argument))
+    else:
+        pointer = ctypes.byref(argument)
+    result = int(_ioctl(fd, request, pointer))
+    if result < 0:
+        raise failure(operation, describe(fd))
+    return result
 
 
 def request_code(direction: int, kind: int, number: int, size: int) -> int:

@@ -2,6 +2,8 @@
 import errno
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -366,3 +368,19 @@ def test_quotas_live_through_a_remount(limited: int, btrfs_pool: Path) -> None:
         assert btrfs.quota_mode(again) == mode
         assert btrfs.usage(again, number)[2] == 20 * MIB
     subprocess.run(["umount", second], check=True)
+
+
+def test_what_waits_in_the_kernel_holds_up_no_other_thread(root: int, btrfs_pool: Path) -> None:
+    subprocess.run(["fsfreeze", "--freeze", btrfs_pool], check=True)
+    # Not by this process, in which nothing might move.
+    thaw = subprocess.Popen(["sh", "-c", f"sleep 5; fsfreeze --unfreeze {btrfs_pool}"])
+    try:
+        making = threading.Thread(target=btrfs.create_subvolume, args=(root, "v"))
+        making.start()
+        time.sleep(0.2)
+
+        assert making.is_alive(), "this thread goes on while that one waits for the thaw"
+    finally:
+        thaw.wait()
+    making.join()
+    assert (btrfs_pool / "v").is_dir()
