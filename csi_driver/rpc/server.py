@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,12 +47,13 @@ class Server:
         check_free(path)
         # Made out of everybody's sight, where nobody can connect before its mode is right; a name with a dot in front
         # is one that kubelet passes over. (Not by umask: that is the whole process's.)
-        hidden = path.with_name(f".{os.getpid():x}")
+        # By the socket's name, which no other driver's has: all of them are the same process number of their containers.
+        hidden = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):x}")
         fresh = hidden / "s"
         check_path(fresh)
         try:
             hidden.mkdir(mode=0o700, exist_ok=True)
-            fresh.unlink(missing_ok=True)  # a process of this number, long dead
+            fresh.unlink(missing_ok=True)  # of a process that died here
             self._bind(fresh)
             fresh.chmod(0o600)
             self._server.start()

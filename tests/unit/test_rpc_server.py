@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The socket: when it is there, what it may replace, and how serving ends."""
 
+import errno
 import os
 import socket
 import stat
@@ -157,16 +158,46 @@ def test_nothing_there_is_free(base: Path) -> None:
     check_free(base / "csi.sock")
 
 
-def test_what_a_process_of_this_number_left_is_no_obstacle(base: Path) -> None:
-    hidden = base / f".{os.getpid():x}"
-    hidden.mkdir()
-    stale(hidden / "s")
+def test_what_died_as_it_made_the_socket_is_no_obstacle(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[Path] = []
+
+    def die(path: Path, _target: Path) -> None:
+        hidden.append(path.parent)
+        raise OSError(errno.EIO, "dead")
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigurationError):
+        patch.setattr(Path, "rename", die)
+        server_of(Slow()).listen(base / "csi.sock")
+    assert os.listdir(hidden[0]) == ["s"]
     server = server_of(Slow())
 
     server.listen(base / "csi.sock")
 
     assert os.listdir(base) == ["csi.sock"]
     server.stop(1)
+
+
+def test_drivers_that_start_together_do_not_take_each_others_sockets(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each is process 1 of its container, and kubelet's directory of registrations is one for all.
+    first, second = server_of(Slow()), server_of(Slow())
+    rename = Path.rename
+
+    def in_between(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        second.listen(base / "second.sock")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", in_between)
+    first.listen(base / "first.sock")
+
+    assert sorted(os.listdir(base)) == ["first.sock", "second.sock"]
+    assert first.is_listening() and second.is_listening()
+    assert (base / "first.sock").stat().st_ino != (base / "second.sock").stat().st_ino
+    first.stop(1)
+    second.stop(1)
+    assert os.listdir(base) == []
 
 
 # Ending
