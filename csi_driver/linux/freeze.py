@@ -27,6 +27,7 @@ BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 EXPEDITED: Final = Path("/sys/kernel/rcu_expedited")
 """Where the kernel is told to hurry its grace periods."""
 
+_START_S: Final = 30.0
 _ANSWER_S: Final = 10.0
 _SYNCS: Final = 4
 _QUICK_S: Final = 0.02
@@ -67,8 +68,15 @@ class Freezer:
         """
         with self._guard:
             # First, so that a new one starts while all is written out.
+            self._ready()
+        # Without the guard: it may take minutes on a slow disk, and others freeze theirs meanwhile.
+        _write_out(fds, self.limit_s)
+        written = time.monotonic()
+        with self._guard:
+            if time.monotonic() - written > _QUICK_S:
+                # Others were frozen meanwhile, and these were written to.
+                _raise_first(_together(syscall.syncfs, fds))
             dog = self._ready()
-            _write_out(fds, self.limit_s)
             dog.guard(fds, self.limit_s)
             began = time.monotonic()
             held: list[int] = []
@@ -129,7 +137,8 @@ class _Watchdog:
         finally:
             theirs.close()
         self._socket = ours
-        ours.settimeout(_ANSWER_S)
+        # A process that starts on a busy node is late, not lost.
+        ours.settimeout(_START_S)
 
     def is_alive(self) -> bool:
         if self._process.poll() is None:
@@ -148,6 +157,7 @@ class _Watchdog:
         if answer != b"armed":
             self.close()
             raise FreezeFailed("the watchdog of freezes has died")
+        self._socket.settimeout(_ANSWER_S)
 
     def release(self) -> bool:
         """It need not any more. False: it has thawed, as time was up."""
