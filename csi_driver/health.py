@@ -21,6 +21,12 @@ class Health:
         """The conditions of one volume; empty when nothing is known to be wrong."""
         if not pool.is_present():
             return [HealthEntry(HealthStatus.INACCESSIBLE, "PoolMissing", _missing(pool))]
+        entries = self._look(pool, home)
+        if entries and not _stands(pool, home):
+            return []  # deleted meanwhile: what is missing of it is meant to be
+        return entries
+
+    def _look(self, pool: Pool, home: Home) -> list[HealthEntry]:
         try:
             record = pool.catalog.read(home)
         except NotFound as error:
@@ -35,7 +41,7 @@ class Health:
             return pool.backend.health(home, record)
         except Unavailable as error:
             return [HealthEntry(HealthStatus.INACCESSIBLE, "ServerUnreachable", str(error))]
-        except OSError as error:
+        except (OSError, Error) as error:
             return [_unreadable(home, error)]
 
     def of_storage(self) -> list[StorageEntry]:
@@ -58,7 +64,14 @@ class Health:
         return entries
 
 
-def _unreadable(home: Home, error: OSError) -> HealthEntry:
+def _stands(pool: Pool, home: Home) -> bool:
+    try:
+        return pool.catalog.stands(home)
+    except (OSError, Error):
+        return True  # not to be known now: what was seen of it is told
+
+
+def _unreadable(home: Home, error: OSError | Error) -> HealthEntry:
     return HealthEntry(
         HealthStatus.INACCESSIBLE, "Unreadable", f"volume {home.id!r}: cannot be looked at: {error}"
     )

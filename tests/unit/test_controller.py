@@ -10,6 +10,7 @@ import pytest
 from csi_driver.catalog import Home
 from csi_driver.errors import (
     Aborted,
+    Error,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -233,6 +234,31 @@ def test_damaged_record_does_not_hide_the_others(rig: Rig) -> None:
     assert [one.id for one in listed] == [good]
     [(sick, [entry])], _ = rig.controller.list_health(0, "")
     assert (sick, entry.status, entry.reason) == (bad, HealthStatus.DATA_LOSS, "RecordDamaged")
+
+
+def test_volume_that_is_deleted_as_it_is_looked_at_is_not_sick(rig: Rig) -> None:
+    home = rig.pool.catalog.get(rig.controller.create_volume(volume("a", MIB)).id)
+
+    def delete(*_: object) -> None:
+        rig.pool.delete(home)
+        raise Error("its payload is gone")
+
+    with interposed(rig.pool, health=delete):
+        assert rig.health.of_volume(rig.pool, home) == []
+
+
+def test_volume_that_cannot_be_looked_at_is_told_and_hides_no_other(rig: Rig) -> None:
+    bad, good = (rig.controller.create_volume(volume(name, MIB)).id for name in "ab")
+
+    def refuse(home: Home, *_: object) -> None:
+        if home.id == bad:
+            raise Error("its payload is a directory")
+
+    with interposed(rig.pool, health=refuse):
+        told, _ = rig.controller.list_health(0, "")
+    assert [(one, entry.reason) for one, entries in told for entry in entries if one != good] == [
+        (bad, "Unreadable")
+    ]
 
 
 def test_volume_that_the_disk_will_not_show_does_not_hide_the_others(rig: Rig) -> None:
