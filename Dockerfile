@@ -21,16 +21,17 @@ RUN /opt/orlop/bin/pip install --no-cache-dir --no-deps . \
  && /opt/orlop/bin/pip uninstall --yes pip setuptools
 
 FROM debian:12.12-slim
-# mkfs, resize and check programs of the filesystems a volume may have, and what mounts NFS; nothing to fetch or to build with.
+# mkfs, resize and check programs of the filesystems a volume may have, what mounts NFS, and a first process that reaps what
+# the driver's children leave behind; nothing to fetch or to build with.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux nfs-common \
+ && apt-get install --yes --no-install-recommends python3 e2fsprogs xfsprogs btrfs-progs util-linux nfs-common tini \
  && rm -rf /var/lib/apt/lists/* /var/cache/debconf /usr/share/doc /usr/share/man
 COPY --from=build /opt/orlop /opt/orlop
 ENV PATH=/opt/orlop/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Root: the driver mounts and makes loop devices. The pod's security context says what else it may.
 HEALTHCHECK --interval=30s --timeout=3s --start-period=5s \
     CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9808/healthz', timeout=2)"]
-ENTRYPOINT ["orlop"]
+ENTRYPOINT ["tini", "--", "orlop"]
 # The health check asks there.
 CMD ["serve", "--http=127.0.0.1:9808"]
 # Last, so that another version keeps the layers above.

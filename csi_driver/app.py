@@ -7,10 +7,12 @@ Every object is made here, by hand, and handed what it needs. Semantics are none
 import argparse
 import gc
 import logging
+import math
 import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from csi_driver.backends.base import PAYLOAD_IMAGE
 from csi_driver.catalog import Catalog
 from csi_driver.config import SHARED_BACKENDS, Config, PoolConfig
 from csi_driver.controller import Controller
-from csi_driver.copies import Copier
+from csi_driver.copies import CLOSE_S, Copier
 from csi_driver.errors import ConfigurationError
 from csi_driver.groups import Groups
 from csi_driver.health import Health
@@ -55,6 +57,8 @@ EXPORTS_DIR = Path("/run/orlop/exports")
 """Where a driver of scope "shared" has the exports that its node's pods use."""
 DEFAULT_KUBELET_DIR = Path("/var/lib/kubelet")
 MOUNT_MAX = Path("/proc/sys/fs/mount-max")
+LEAST_CLOSE_S = 2.0
+"""What background work always gets to end in, in seconds."""
 
 # What a segment's value may be: it becomes a node's label.
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -72,11 +76,30 @@ class Driver:
     calls: Calls
     handlers: Interceptor
 
-    def close(self) -> None:
-        """End what goes on in the background, and let other processes have the pools."""
-        self.copier.close()
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """End what goes on in the background, and let other processes have the pools.
+
+        Returns: whether all ended in time; if not, pools are let go by the process's end.
+        """
+        if not self.copier.close(timeout_s) or self.maintenance.is_at_work():
+            return False
         for pool in self.pools:
             pool.close()
+        return True
+
+
+class _Countdown:
+    """What is left of the time that an orderly end may take, from the first look on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = math.inf
+
+    def left(self) -> float:
+        """In seconds."""
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + self._seconds)
+        return max(0.0, self._deadline - now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +131,15 @@ def build(config: Config) -> Driver:
         for name, pool_config in config.pools.items() if config.role != "node" else ():
             opened[name] = _open_pool(pool_config, servers, undo)
         pools = Pools(opened, config.default_pool, config.retired_tags, config.elsewhere)
+        copier = Copier(Jobs(config.copy_jobs), Freezer(config.freeze_timeout_s))
+        # First: what is half made tells that something may be frozen, also to the next start, if this one fails.
+        copier.adopt(pools)
+        for pool in pools.near([]):
+            pool.adopt()
         modify.adopt(pools)
         features = _features(config, pools)
         info = _node_info(config, features)
         locks, health, calls = Locks(), Health(pools), Calls()
-        copier = Copier(Jobs(config.copy_jobs), Freezer(config.freeze_timeout_s))
-        copier.adopt(pools)
         groups = Groups(pools, locks, copier, info.segments)
         groups.adopt()
         snapshots = Snapshots(pools, locks, copier, info.segments)
@@ -174,16 +200,18 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) ->
 
 def _run(driver: Driver, config: Config, options: Options, endpoint: Path, stopping: Stopping) -> int:
     server = Server(driver.handlers, config.workers, "call")
+    # One for all steps: together they must fit into what Kubernetes gives a pod (30 s).
+    time_to_end = _Countdown(config.drain_timeout_s)
     with ExitStack() as running:
         # Last in, first out: kubelet is told first, the pools are let go last.
-        running.callback(driver.close)
+        running.callback(_let_go, driver, time_to_end)
         registration = _registration(driver, options)
         server.listen(endpoint)
-        running.callback(_drain, server, driver, config.drain_timeout_s)
+        running.callback(_drain, server, driver, time_to_end)
         driver.maintenance.start()
         running.callback(driver.maintenance.stop)
         if options.http:
-            running.callback(_serve_http(driver, options.http, endpoint, registration))
+            running.callback(_serve_http(driver, config.workers, options.http, endpoint, registration))
         if registration is not None:
             running.callback(registration.stop)
             registration.start()
@@ -195,13 +223,16 @@ def _run(driver: Driver, config: Config, options: Options, endpoint: Path, stopp
         gc.collect()
         gc.freeze()
         stopping.wait()
+        time_to_end.left()
+        # Before calls are waited for: copies take longest, and their repeats begin anew.
+        driver.copier.jobs.end()
         log.info("stopping", extra={"fields": {"calls": len(driver.calls.running())}})
     log.info("stopped")
     return 0
 
 
-def _drain(server: Server, driver: Driver, timeout_s: float) -> None:
-    server.stop(timeout_s)
+def _drain(server: Server, driver: Driver, time_to_end: _Countdown) -> None:
+    server.stop(time_to_end.left())
     left = driver.calls.running()
     if left:
         log.error(
@@ -210,6 +241,14 @@ def _drain(server: Server, driver: Driver, timeout_s: float) -> None:
         # Their threads cannot be stopped, and a pool must not be let go while one of them works in it.
         logging.shutdown()
         os._exit(1)
+
+
+def _let_go(driver: Driver, time_to_end: _Countdown) -> None:
+    if not driver.close(max(LEAST_CLOSE_S, time_to_end.left())):
+        log.warning("background work did not end in time: the next start does it")
+        # An orderly end all the same: nobody waits for it, and it is made to be killed at any moment.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _open_pool(config: PoolConfig, servers: Servers, undo: ExitStack) -> Pool:
@@ -226,9 +265,7 @@ def _open_pool(config: PoolConfig, servers: Servers, undo: ExitStack) -> Pool:
     backend.check()
     catalog = Catalog.open(config.root, config.backend)
     undo.callback(catalog.close)
-    pool = Pool(config, catalog, backend, mounted)
-    pool.adopt()
-    return pool
+    return Pool(config, catalog, backend, mounted)
 
 
 def _features(config: Config, pools: Pools) -> DriverFeatures:
@@ -311,7 +348,7 @@ def _registration(driver: Driver, options: Options) -> Registration | None:
 
 
 def _serve_http(
-    driver: Driver, address: str, endpoint: Path, registration: Registration | None
+    driver: Driver, workers: int, address: str, endpoint: Path, registration: Registration | None
 ) -> Callable[[], None]:
     # Loaded for those who ask for it: it is a tenth of the driver's memory.
     from csi_driver.rpc import http
@@ -320,6 +357,10 @@ def _serve_http(
     metrics = Metrics(
         driver.name, driver.info.node_id, driver.pools, driver.calls, driver.copier, driver.maintenance
     )
+
+    def not_alive() -> str:
+        problem = http.probe(endpoint)
+        return "" if driver.calls.are_getting_on(workers) else problem
 
     def not_ready() -> str:
         missing = [pool.name for pool in driver.pools if not (pool.is_apart or pool.is_present())]
@@ -331,7 +372,7 @@ def _serve_http(
     server = http.Http(
         address,
         {
-            "/healthz": lambda: http.verdict(http.probe(endpoint)),
+            "/healthz": lambda: http.verdict(not_alive()),
             "/readyz": lambda: http.verdict(not_ready()),
             "/metrics": lambda: http.Page(metrics.page(), content_type=http.PROMETHEUS),
         },

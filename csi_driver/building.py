@@ -88,20 +88,11 @@ class Builder:
         self._backend.clear(home)
         self._catalog.remove(home)
 
-    def discard_all(self) -> bool:
-        """Remove what builds that died have left; whether there was anything."""
-        left = list(self._catalog.staged())
-        for home in left:
-            try:
-                self.discard(home)
-            except (OSError, Error) as error:
-                log.error(
-                    "pool %s: %s: half-made, and cannot be removed yet: %s", self._pool_name, home.path, error
-                )
-        return bool(left)
-
     def throw_abandoned(self) -> bool:
-        """Take to the trash what builds that died have left, where others may be building; whether there was anything."""
+        """Take to the trash what builds that died have left; whether there was anything.
+
+        Not removed here, for that may take minutes: a driver that starts has none.
+        """
         for made_id in sorted(self._owed):
             with self._sweeping(made_id) as is_free:
                 if is_free:

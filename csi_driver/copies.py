@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 PRESUMED_BYTES_PER_S = 100 << 20
 """What a disk surely copies: a volume in use with more data than fits into a freeze is not even tried."""
 
+CLOSE_S = 30.0
+
 PATIENCE_S = 2.0
 """How long a call waits for a background copy, for most are small."""
 
@@ -37,19 +39,22 @@ class Copier:
         self._rates: dict[str, Rate] = {}
 
     def adopt(self, pools: Pools) -> None:
-        """Thaw what is frozen yet, where a copy was under way when the driver died.
+        """Thaw what is frozen yet, where a copy was under way when the driver died; before pools take over what is there.
 
         Its watchdog has done that, unless it was killed at the same moment, as all processes of a container are when
-        one of them runs out of memory.
+        the first of them dies.
         """
-        if any(pool.was_interrupted for pool in pools):
-            for pool in pools.near([]):
+        near = list(pools.near([]))
+        if any(pool.was_interrupted() for pool in near):
+            for pool in near:
                 _thaw_all(pool)
 
-    def close(self) -> None:
-        """End all that goes on."""
-        self.jobs.stop()
-        self.freezer.close()
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """End all that goes on; False: a copy in the background has not ended in time."""
+        ended = self.jobs.stop(timeout_s)
+        if ended:
+            self.freezer.close()
+        return ended
 
     def transfer(self, pool: Pool, deadline: float | None = None) -> Transfer:
         """For a copy into this pool, at the speed that its configuration allows."""

@@ -109,12 +109,15 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._ended: Counter[tuple[str, str]] = Counter()
         self._copied_bytes = 0
+        self._ending = False
 
     def start(self, record: Record | SnapshotRecord, transfer: Transfer, work: Callable[[], None]) -> Job:
         """Run `work`."""
         job = Job(record, transfer)
         now = time.monotonic()
         with self._guard:
+            if self._ending:
+                raise Aborted("the driver is stopping: repeat when it is back")
             for old in [made_id for made_id, one in self._jobs.items() if one.is_forgotten(now)]:
                 del self._jobs[old]
             self._jobs[record.id] = job
@@ -126,7 +129,7 @@ class Jobs:
         except RuntimeError as error:
             with self._guard:
                 del self._jobs[record.id]
-            raise Aborted("the driver is stopping: repeat when it is back") from error
+            raise Aborted(f"the copy cannot begin now: {error}: repeat") from error
         return job
 
     def find(self, made_id: str) -> Job | None:
@@ -183,12 +186,21 @@ class Jobs:
             self._jobs.pop(made_id, None)
         return False
 
-    def stop(self) -> None:
-        """End all: what is half made is removed."""
+    def end(self) -> None:
+        """Have all end soon, and begin no more: what is half made is removed."""
+        with self._guard:
+            self._ending = True
         for job in self.all():
             job.transfer.stop()
+
+    def stop(self, timeout_s: float) -> bool:
+        """The same, and wait for it; False: one has not ended in time (it syncs, or removes what it made)."""
+        self.end()
+        deadline = time.monotonic() + timeout_s
+        ended = all(job.wait(max(0.0, deadline - time.monotonic())) for job in self.all())
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=False)
+            self._pool.shutdown(wait=ended)
+        return ended
 
     def _cancel(self, job: Job) -> bool:
         """Whether its turn was taken from it now: to one caller, for a future says yes each time."""

@@ -58,6 +58,10 @@ class Maintenance:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def is_at_work(self) -> bool:
+        """Whether it has not ended (yet)."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         refreshed = time.monotonic()
         swept = -math.inf

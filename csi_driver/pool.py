@@ -83,27 +83,26 @@ class Pool:
         self._trash = Trash(catalog, config, self._remove, self._charges.rename)
         self.on_trash: Callable[[], None] = lambda: None
         self.adopted = False
-        self.was_interrupted = False
-        """Whether something was half made at the start."""
         self.damaged: dict[str, str] = {}
         """Volume id to what is wrong with its record, for those found unreadable at the start."""
 
     def adopt(self) -> None:
-        """Take over what is there: volumes are counted, half-made homes discarded.
+        """Take over what is there: volumes are counted, half-made homes thrown away.
 
         Raises:
             ConfigurationError: a record was written by a newer version, or the pool has been given another name.
         """
-        if self.is_apart:
-            self._builder.throw_abandoned()
-        else:
-            self.was_interrupted = self._builder.discard_all()
+        self._builder.throw_abandoned()
         volumes = [self.catalog.home(volume_id) for volume_id in self.catalog.ids()]
         snapshots = self.catalog.snapshots()
         for home in (*volumes, *snapshots):
             self._check_name(home.id)
         self.damaged = self._charges.adopt(volumes, snapshots)
         self.adopted = True
+
+    def was_interrupted(self) -> bool:
+        """Whether something was being made when its driver died; to be asked before `adopt`."""
+        return any(True for _ in self.catalog.staged())
 
     @property
     def is_apart(self) -> bool:

@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,7 +23,8 @@ from csi_driver.rpc.status import shorten
 
 log = logging.getLogger(__name__)
 
-WORKERS = 3
+WORKERS = 8
+"""Made as they are needed: a probe must find one free beside slow scrapes and clients that say nothing."""
 PROBE_TIMEOUT_S = 3.0
 CLIENT_TIMEOUT_S = 10.0
 TEXT = "text/plain; charset=utf-8"
@@ -111,6 +113,7 @@ class _Server(HTTPServer):
         self.address_family = family
         self.routes = routes
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="http")
+        self._open: set[socket.socket] = set()
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -125,16 +128,22 @@ class _Server(HTTPServer):
         self._pool.submit(self._answer, request, client_address).add_done_callback(_log_failure)
 
     def _answer(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
         try:
             self.finish_request(request, client_address)
         except OSError:
             log.debug("HTTP client went away", extra={"fields": {"client": client_address[0]}})
         finally:
+            self._open.discard(request)
             self.shutdown_request(request)
 
     def server_close(self) -> None:
         super().server_close()
-        self._pool.shutdown(wait=False)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        # The process waits for its threads at its end, and they for clients.
+        for request in list(self._open):
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

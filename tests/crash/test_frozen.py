@@ -165,6 +165,14 @@ def test_its_death_and_its_watchdogs_at_once(place: Path) -> None:
         driver.kill()
         assert writer.is_still(), "somebody has thawed it, and this proves nothing"
 
+        # A start that fails must not take away what tells the next one.
+        good = (place / "orlop.toml").read_text()
+        (place / "other").mkdir()
+        (place / "other" / "pool.json").write_text("nothing of ours")
+        (place / "orlop.toml").write_text(f'{good}[pools.q]\nbackend = "image"\nroot = "{place}/other"\n')
+        with pytest.raises(RuntimeError, match="did not start"):
+            driver.start()
+        (place / "orlop.toml").write_text(good)
         driver.start()
 
         writer.wait(LIMIT_S)

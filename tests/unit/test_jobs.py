@@ -26,7 +26,7 @@ def held_by(locks: Locks) -> ExitStack:
 
 def test_a_job_that_cannot_begin_lets_go_of_its_locks() -> None:
     jobs, locks = Jobs(1), Locks()
-    jobs.stop()
+    assert jobs.stop(20.0)
 
     with pytest.raises(Aborted, match="stopping"), held_by(locks):
         jobs.start(RECORD, Transfer(), lambda: None)
@@ -48,7 +48,7 @@ def test_a_job_that_is_called_off_as_it_waits_lets_go_of_its_locks_at_once() -> 
         pass
     assert [job.record.id for job in jobs.all()] == [RECORD.id]
     going.set()
-    jobs.stop()
+    assert jobs.stop(20.0)
 
 
 def test_locks_that_a_job_is_given_as_it_ends_are_let_go_of() -> None:
@@ -99,7 +99,7 @@ def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> N
     assert second.wait(10)
     with pytest.raises(Aborted, match="called off"):
         jobs.take_failure(later.id)
-    jobs.stop()
+    assert jobs.stop(20.0)
 
     assert not begun.is_set()
     assert jobs.counts().ended["snapshot", "stopped"] == 1
@@ -109,3 +109,32 @@ def test_a_job_that_waits_for_its_turn_never_begins_once_it_is_called_off() -> N
 
 def assert_set(event: threading.Event) -> None:
     assert event.wait(10)
+
+
+def test_at_the_end_none_begins_and_all_stop() -> None:
+    jobs, begun = Jobs(1), threading.Event()
+    transfer = Transfer()
+
+    def copy() -> None:
+        begun.set()
+        while True:
+            transfer.check()
+
+    jobs.start(RECORD, transfer, copy)
+    assert begun.wait(20)
+
+    jobs.end()
+
+    with pytest.raises(Aborted, match="stopping"):
+        jobs.start(msgspec.structs.replace(RECORD, id="p-0-3"), Transfer(), lambda: None)
+    assert jobs.stop(20.0)
+
+
+def test_one_that_does_not_end_is_told() -> None:
+    jobs, going = Jobs(1), threading.Event()
+    jobs.start(RECORD, Transfer(), lambda: assert_set(going))
+
+    assert not jobs.stop(0.1)
+
+    going.set()
+    assert jobs.stop(20.0)

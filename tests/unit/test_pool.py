@@ -404,14 +404,19 @@ def test_pool_that_lost_its_uuid_is_not_given_another(opened: OpenRig) -> None:
         opened()
 
 
-def test_half_made_volumes_are_discarded(opened: OpenRig) -> None:
+def test_half_made_volumes_are_thrown_away(opened: OpenRig) -> None:
     rig = opened()
     staged = rig.pool.catalog.begin(rig.pool.id_of("a"))
     rig.backend.make(staged, VolumeSpec(SIZE, AccessType.MOUNT))
+    assert rig.pool.was_interrupted()
 
     rig = opened()
 
     assert entries(rig.pool, "staging") == []
+    assert not rig.pool.was_interrupted()
+    assert len(entries(rig.pool, "trash")) == 1, "a start does not wait until all files are removed"
+    rig.settle()
+    assert entries(rig.pool, "trash") == []
     assert rig.pool.capacity().available_bytes == GIB
 
 

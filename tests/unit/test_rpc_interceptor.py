@@ -178,3 +178,16 @@ def test_a_call_under_way_is_known() -> None:
     calls.end(number, "/a", "OK", 0.3)
     assert calls.running() == []
     assert calls.snapshot()["/a", "OK"].counts[BUCKETS_S.index(0.5)] == 1
+
+
+def test_calls_get_on_while_all_workers_are_busy_and_calls_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls()
+    numbers = [calls.begin("m") for _ in range(3)]
+    assert not calls.are_getting_on(3), "none has ended yet"
+
+    calls.end(numbers.pop(), "m", "OK", 0.1)
+
+    assert calls.are_getting_on(2)
+    assert not calls.are_getting_on(3), "a worker is free, and would have answered"
+    monkeypatch.setattr("csi_driver.rpc.calls.BUSY_S", 0.0)
+    assert not calls.are_getting_on(2), "the last end was long ago"
