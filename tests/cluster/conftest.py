@@ -44,6 +44,6 @@ def namespace(cluster: None) -> Iterator[Namespace]:
     wait_until(
         lambda: traces.of_all_nodes() <= before,
         "volumes, loop devices and mounts of the test to be gone",
-        timeout_s=240,
+        timeout_s=600,  # as long as a burst of claims may take to be bound
         tell=lambda: "\n".join(sorted(traces.of_all_nodes() - before)),
     )

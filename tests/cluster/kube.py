@@ -48,11 +48,24 @@ def apply(*manifests: Manifest) -> None:
 def wait_until(
     is_so: Callable[[], bool], what: str, timeout_s: float = 180, tell: Callable[[], str] = str
 ) -> None:
-    """Wait for `is_so`; when it does not come, fail with what `tell` has to say."""
+    """Wait for `is_so`; when it does not come, fail with what `tell` has to say.
+
+    A refusal is "not yet": API server, etcd and kubelet have their moments, the more so after a test has killed one.
+    """
+    refusal = ""
+
+    def is_so_by_now() -> bool:
+        nonlocal refusal
+        try:
+            return is_so()
+        except KubectlFailed as error:
+            refusal = f"{error}\n"
+            return False
+
     try:
-        processes.wait_until(is_so, what, timeout_s)
+        processes.wait_until(is_so_by_now, what, timeout_s)
     except TimeoutError as error:
-        raise AssertionError(f"{error}\n{tell()}") from error
+        raise AssertionError(f"{error}\n{refusal}{tell()}") from error
 
 
 class Namespace:
@@ -170,8 +183,15 @@ class Namespace:
 
     def story(self) -> str:
         """What a user would look at when something does not come about."""
-        objects = self.kubectl("get", "pods,persistentvolumeclaims,volumesnapshots", "--output=wide")
-        return objects + self.kubectl("get", "events", "--sort-by=.lastTimestamp")
+        objects = self._look("pods,persistentvolumeclaims,volumesnapshots", "--output=wide")
+        return objects + self._look("events", "--sort-by=.lastTimestamp")
+
+    def _look(self, *what: str) -> str:
+        """A refusal is told like the rest: it must not hide the failure, and not every cluster has snapshots."""
+        try:
+            return self.kubectl("get", *what)
+        except KubectlFailed as error:
+            return f"{error}\n"
 
     def _is_ready(self, pod: str) -> bool:
         if not self.exists("pod", pod):
@@ -197,6 +217,12 @@ def doctors(component: str) -> dict[str, str]:
     """What `orlop doctor` says in each of them; KubectlFailed if it finds an error."""
     # 1: warnings, which are to be read.
     return in_each_driver(component, "sh", "-c", "orlop doctor --running || [ $? -eq 1 ]")
+
+
+def drain(name: str) -> None:
+    """Send the node's pods away. Call it inside the `try` that uncordons: it cordons first, and may fail after that."""
+    choice = ("--ignore-daemonsets", "--delete-emptydir-data", "--force")
+    kubectl("drain", name, *choice, "--timeout=240s")
 
 
 def claim(name: str, size: str = "1Gi", storage_class: str = "csi-disk", **spec: object) -> Manifest:

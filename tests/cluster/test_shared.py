@@ -109,8 +109,8 @@ def test_a_replica_moves_to_the_other_node_with_its_volume(namespace: Namespace)
     namespace.shell("db-0", "echo before the move >> /data/name; sync")
     home = namespace.node_of("db-0")
 
-    kube.kubectl("drain", home, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s")
     try:
+        kube.drain(home)
         namespace.wait_until_running("db-0", timeout_s=240)
         assert namespace.node_of("db-0") != home
         assert namespace.shell("db-0", "cat /data/name") == "db-0\nbefore the move"

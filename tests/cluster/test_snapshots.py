@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user keeps a moment of a volume, and gets it back: through the real snapshot-controller and csi-snapshotter."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.cluster import kube, traces
@@ -113,12 +115,30 @@ def test_a_deleted_snapshot_leaves_nothing_on_the_node(namespace: Namespace, sto
     assert namespace.shell("app", "cat /data/file") == "words"
 
 
-def test_a_retained_snapshot_stays_until_its_content_is_deleted(namespace: Namespace) -> None:
+@pytest.fixture
+def retaining_class(cluster: None) -> Iterator[str]:
+    """From the start: who changes a content's policy cannot know when snapshot-controller has seen it."""
+    name = "retaining"
+    kube.apply(
+        {
+            "apiVersion": "snapshot.storage.k8s.io/v1",
+            "kind": "VolumeSnapshotClass",
+            "metadata": {"name": name},
+            "driver": kube.DRIVER,
+            "deletionPolicy": "Retain",
+        }
+    )
+    yield name
+    kube.kubectl("delete", "volumesnapshotclass", name, "--ignore-not-found")
+
+
+def test_a_retained_snapshot_stays_until_its_content_is_deleted(
+    namespace: Namespace, retaining_class: str
+) -> None:
     start(namespace, "csi-bulk-immediate", "kept")
-    take(namespace, "moment")
+    namespace.apply(snapshot("moment", of="data", snapshot_class=retaining_class))
+    namespace.wait_until_snapshot_is_ready("moment")
     content = namespace.get("volumesnapshot", "moment")["status"]["boundVolumeSnapshotContentName"]
-    keep = '{"spec": {"deletionPolicy": "Retain"}}'
-    kube.kubectl("patch", "volumesnapshotcontent", content, "--type=merge", f"--patch={keep}")
     handle = namespace.get("volumesnapshotcontent", content)["status"]["snapshotHandle"]
 
     namespace.delete("volumesnapshot", "moment")

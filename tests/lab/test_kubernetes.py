@@ -96,6 +96,10 @@ def namespace(cluster: None) -> Iterator[Namespace]:
     """A fresh namespace; after the test nothing of it is left in the cluster, and nothing mounted on a node."""
     one = Namespace(f"story-{secrets.token_hex(3)}")
     kube.kubectl("create", "namespace", one.name)
+    # Without it no pod is let in; a controller makes it, a moment later.
+    kube.wait_until(
+        lambda: one.exists("serviceaccount", "default"), "the namespace's default account", PATIENCE_S
+    )
     yield one
     clear(one)
     kube.kubectl("delete", "namespace", one.name, "--wait=false")
@@ -187,7 +191,7 @@ def test_replicas_on_two_nodes_share_an_administrators_volume_and_its_data_outli
         assert {namespace.shell(reader, f"cat /data/by-{writer}") for writer in pods.values()} == {
             *pods.values()
         }
-        assert sorted(namespace.shell(reader, "cat /data/writers").split()) == sorted(pods.values())
+        namespace.wait_until_it_says(reader, "sort /data/writers", "\n".join(sorted(pods.values())))
     assert (server.export / f"share/old/by-{pods['node2']}").read_text().strip() == pods["node2"]
 
     clear(namespace)
@@ -223,12 +227,14 @@ def test_replicas_on_two_nodes_share_a_volume_of_the_pool(namespace: Namespace, 
 
     assert sorted(pods) == [one.name for one in NODES]
     for reader in pods.values():
-        assert sorted(namespace.shell(reader, "cat /data/writers").split()) == sorted(pods.values())
+        namespace.wait_until_it_says(reader, "sort /data/writers", "\n".join(sorted(pods.values())))
 
     clear(namespace)
     patiently("wait", "--for=delete", "persistentvolumes", "--all")
-    # The class says `onDelete: archive`.
-    kept = list((server.export / "share/pool/archive").rglob("writers"))
+    # The class says `onDelete: archive`; the driver does that behind its answer.
+    archive = server.export / "share/pool/archive"
+    kube.wait_until(lambda: any(archive.rglob("writers")), "the volume to be in the archive", PATIENCE_S)
+    kept = list(archive.rglob("writers"))
     assert [sorted(file.read_text().split()) for file in kept] == [sorted(pods.values())]
 
 

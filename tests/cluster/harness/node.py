@@ -45,14 +45,19 @@ def allow_kubelet(node: Node) -> None:
 
 def stop_agents(node: Node) -> None:
     """kubelet and every container end, as `minikube stop` ends them; what they mounted stays mounted."""
-    (node.directory / "kubelet-may-start").unlink()
+    (node.directory / "kubelet-may-start").unlink(missing_ok=True)
     kill(node, "^kubelet ")
     _end_containers(node, "SIGTERM")
     deadline = time.monotonic() + 5
     while _tasks(node) and time.monotonic() < deadline:
         time.sleep(0.2)
-    _end_containers(node, "SIGKILL")
-    processes.wait_until(lambda: not _tasks(node), f"the containers of {node.name} to end", timeout_s=240)
+
+    def ended() -> bool:
+        # Again and again: one whose start containerd was still at runs only afterwards.
+        _end_containers(node, "SIGKILL")
+        return not _tasks(node)
+
+    processes.wait_until(ended, f"the containers of {node.name} to end", timeout_s=240)
 
 
 def _end_containers(node: Node, signal: str) -> None:
