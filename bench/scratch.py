@@ -16,7 +16,7 @@ MKFS = {
     "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
 }
-_DETACH_TIMEOUT_S = 10.0
+_DETACH_TIMEOUT_S = 60.0
 _UNMOUNT_TRIES = 20
 
 

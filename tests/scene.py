@@ -22,7 +22,7 @@ from tests.rig import Kind, Rig, capability, configure, mounted, open_rig, publi
 
 CLONE_NEWNS = 0x20000
 # What a closed device may need until the kernel has tidied up.
-SETTLE_S = 20.0
+SETTLE_S = 60.0
 FILESYSTEM_IMAGE = "filesystem.img"
 
 

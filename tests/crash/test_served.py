@@ -221,7 +221,8 @@ def cases() -> list[object]:
 
 # Where nothing can be shared, and more than a call waits for at that speed.
 COPYING = tuple(replace(kind, size_bytes=64 << 20) for kind in KINDS if kind.filesystem == "ext4")
-SLOWLY = 'copy_bandwidth = "8Mi"\n'
+BANDWIDTH = 4 << 20
+SLOWLY = f"copy_bandwidth = {BANDWIDTH}\n"
 MUCH = random.Random(1).randbytes(32 << 20)
 
 
@@ -281,13 +282,15 @@ def test_served_driver_killed_while_it_copies_behind_its_answer(
         method, request = request_of(name, case, scene.open().pool)
         case.scene.current.close()
         driver.start()
-        with connected(driver) as stubs:
-            assert not is_done(stubs, method, request)
+        try:
+            with connected(driver) as stubs:
+                assert not is_done(stubs, method, request)
+        finally:
             driver.kill()
         half_made = [path for path in (scene.root / "staging").iterdir() if any(path.iterdir())]
         assert half_made, "killed in the middle of it"
         if repeated:
-            assert served_call(driver, method, request) > len(MUCH) / (8 << 20) / 2, "it began anew"
+            assert served_call(driver, method, request) > len(MUCH) / BANDWIDTH / 2, "it began anew"
         else:
             run(case, operation.undo)
         check(case, expected)

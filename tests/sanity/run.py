@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[2]
 ORLOP = Path(sys.executable).parent / "orlop"
 SKIPS = Path(__file__).parent / "skips.txt"
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 SANITY_TIMEOUT_S = 1200.0
 # Deleted volumes are removed in the background.
-SETTLE_TIMEOUT_S = 15.0
+SETTLE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from csi_driver.rpc.pb import csi_pb2_grpc as services
 OK, ABORTED, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE
 CALL_TIMEOUT_S = 120.0
 CONVERGE_S = 240.0
-# A channel notices the end a little later than the process, and the new socket at its next try.
+# A channel notices the end a little later than the process, and the new socket at its next try; later on a machine that
+# takes long to start a driver, for all clients connect at that moment.
 NOTICE_S = 3.0
+NOTICE_STARTS = 2.0
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -56,7 +58,9 @@ class Journal:
             self.codes[method, code.name] += 1
 
     def was_down(self, began: float, ended: float) -> bool:
-        return any(began <= up + NOTICE_S and ended >= down for down, up in self.downs)
+        return any(
+            began <= up + NOTICE_S + NOTICE_STARTS * (up - down) and ended >= down for down, up in self.downs
+        )
 
 
 class Caller:

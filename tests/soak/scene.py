@@ -11,7 +11,7 @@ from bench.scratch import Scratch
 
 GIB = 1 << 30
 AREAS = ("volumes", "staging", "trash")
-SETTLE_S = 30.0
+SETTLE_S = 120.0
 # Directories of a filesystem grow with their entries and never shrink, and btrfs frees at its next commit.
 SPACE_TOLERANCE = {"directory": 1 << 20, "image": 1 << 20, "btrfs": 16 << 20}
 
