@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import rig
+
 DISKS = Path("/run/disks")
 MKFS = {
     "ext4": ["mkfs.ext4", "-q"],
@@ -47,7 +49,7 @@ class Disk:
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for mounted in reversed(mounts):
             if mounted == str(self.target) or mounted.startswith(f"{self.target}/"):
-                run("umount", mounted)
+                rig.unmount(Path(mounted))
 
     def remove(self) -> None:
         self.unmount()

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 
@@ -13,6 +15,7 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc as stubs
 from tests.lab.hosts import Host, wait_for
 
+T = TypeVar("T")
 MANY = pb.VolumeCapability(
     mount=pb.VolumeCapability.MountVolume(),
     access_mode=pb.VolumeCapability.AccessMode(mode=pb.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER),
@@ -85,6 +88,19 @@ def create(driver: Driver, name: str, *, patient: bool = True, **parameters: str
                 raise
             time.sleep(0.5)
     raise AssertionError(f"volume {name} is not made, however often it is asked for")
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """As Kubernetes does: again while the driver says that it could not yet."""
+    for _ in range(240):
+        try:
+            return call()
+        except grpc.RpcError as error:
+            # Something is being copied, or a pool is being opened.
+            if error.code() not in (grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE):
+                raise
+            time.sleep(0.5)
+    return call()
 
 
 def publish(driver: Driver, volume: pb.Volume, target: Path, *, readonly: bool = False) -> None:

@@ -94,7 +94,9 @@ class Host:
         """Switch it off."""
 
     def remove(self) -> None:
-        self.stop()
+        # What never started cannot be stopped, and its processes are to go all the same.
+        with contextlib.suppress(AssertionError):
+            self.stop()
         network = self._network()
         for pid in self._processes(network):
             with contextlib.suppress(ProcessLookupError):

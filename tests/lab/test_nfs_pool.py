@@ -27,9 +27,11 @@ root = "{root}"
 @pytest.fixture
 def server(make_disk: Callable[..., Disk]) -> Iterator[KernelServer]:
     made = KernelServer(make_disk("xfs", size="320M").target)
-    made.start()
-    yield made
-    made.remove()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
 @pytest.fixture

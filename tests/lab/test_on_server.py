@@ -43,10 +43,12 @@ def place(request: pytest.FixtureRequest, make_disk: Callable[..., Disk]) -> Ite
     fs_type = request.param
     disk = make_disk("ext4-prjquota" if fs_type == "ext4" else fs_type, "prjquota")
     server, client = KernelServer(disk.target), Host()
-    server.start()
-    yield Place(fs_type, server, client)
-    client.remove()
-    server.remove()
+    try:
+        server.start()
+        yield Place(fs_type, server, client)
+    finally:
+        client.remove()
+        server.remove()
 
 
 @pytest.fixture

@@ -16,9 +16,11 @@ Server = KernelServer | GaneshaServer
 @pytest.fixture(params=[KernelServer, GaneshaServer], ids=["nfsd", "ganesha"])
 def server(request: pytest.FixtureRequest, make_disk: Callable[..., Disk]) -> Iterator[Server]:
     made: Server = request.param(make_disk("xfs", size="320M").target)
-    made.start()
-    yield made
-    made.remove()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
 @pytest.fixture

@@ -31,9 +31,11 @@ def server(make_disk: Callable[..., Disk]) -> Iterator[GaneshaServer]:
     disk = make_disk("xfs", size="320M")
     (disk.target / "share").mkdir()
     made = GaneshaServer(disk.target)
-    made.start()
-    yield made
-    made.remove()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
 @pytest.fixture

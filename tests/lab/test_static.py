@@ -29,9 +29,11 @@ def server(make_disk: Callable[..., Disk]) -> Iterator[KernelServer]:
     os.chmod(photos, 0o2750)
     (photos / "2026/one.jpg").write_text("one")
     os.chmod(photos / "2026/one.jpg", 0o640)
-    made.start()
-    yield made
-    made.remove()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """I/O limits as a kernel with cgroup v2 keeps them: a pod's direct reads and writes take as long as they must."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from csi_driver import modify
 from csi_driver.linux.throttle import ROOT
 from csi_driver.model import MIB, CapacityRange, VolumeRequest
 from tests.lab.conftest import MakeDisk
+from tests.lab.hosts import wait_for
 from tests.rig import Kind, Rig, capability, configure, open_rig, published, staged
 
 pytestmark = pytest.mark.lab
@@ -35,14 +37,21 @@ print(time.monotonic() - began)
 """
 
 
+def removed(cgroup: Path) -> bool:
+    """A process that has just ended may keep it for a moment."""
+    with contextlib.suppress(OSError):
+        cgroup.rmdir()
+    return not cgroup.exists()
+
+
 @pytest.fixture
 def pods() -> Iterator[Path]:
     """The cgroups that kubelet would make: all pods, and one of them."""
     (ROOT / "cgroup.subtree_control").write_text("+io")
-    POD.mkdir(parents=True)
+    POD.mkdir(parents=True, exist_ok=True)
     yield POD
-    POD.rmdir()
-    PODS.rmdir()
+    wait_for(lambda: removed(POD), 10)
+    wait_for(lambda: removed(PODS), 10)
 
 
 @pytest.fixture
@@ -54,6 +63,11 @@ def rig(make_disk: MakeDisk) -> Iterator[Rig]:
 def seconds(cgroup: Path | None, path: Path, verb: str, size: int) -> float:
     argv = [sys.executable, "-c", WORKER, str(cgroup or ""), str(path), verb, str(size)]
     return float(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
+def fastest(cgroup: Path | None, path: Path, verb: str, size: int) -> float:
+    """Of a few: what no limit holds up a busy machine still may, but not each time."""
+    return min(seconds(cgroup, path, verb, size) for _ in range(3))
 
 
 def test_a_pod_reads_and_writes_no_faster_than_its_class_says(pods: Path, rig: Rig, tmp_path: Path) -> None:
@@ -69,12 +83,12 @@ def test_a_pod_reads_and_writes_no_faster_than_its_class_says(pods: Path, rig: R
     try:
         written = seconds(pods, file, "write", 4 * MIB)
         read = seconds(pods, file, "read", 4 * MIB)
-        outside = seconds(None, file, "write", 4 * MIB)
+        outside = fastest(None, file, "write", 4 * MIB)
         # A driver that starts anew finds the device, and the kernel has the limits still.
         modify.adopt(rig.pools)
         again = seconds(pods, file, "write", 3 * MIB)
         rig.controller.modify_volume(volume.id, {"retention": "0"})
-        lifted = seconds(pods, file, "write", 4 * MIB)
+        lifted = fastest(pods, file, "write", 4 * MIB)
         io_max = (PODS / "io.max").read_text()
         rig.controller.modify_volume(volume.id, {"writeIops": "10"})
         operations = seconds(pods, file, "write", 4 * MIB)
