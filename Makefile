@@ -43,7 +43,7 @@ test-kernel: setup-test  ## real mounts and loop devices (root), with a leak che
 
 .PHONY: test-crash
 test-crash: setup-test  ## the crash matrix: every operation dies after every step (root, minutes)
-	$(PYTEST) -m crash $(ARGS)
+	@$(if $(ARGS),$(PYTEST) -m crash $(ARGS),tests/crash/all $(PYTEST))
 
 .PHONY: test-soak
 test-soak: setup-test  ## many clients, and a driver killed every few seconds (root, minutes)

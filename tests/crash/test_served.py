@@ -223,7 +223,7 @@ def cases() -> list[object]:
 COPYING = tuple(replace(kind, size_bytes=64 << 20) for kind in KINDS if kind.filesystem == "ext4")
 BANDWIDTH = 4 << 20
 SLOWLY = f"copy_bandwidth = {BANDWIDTH}\n"
-MUCH = random.Random(1).randbytes(32 << 20)
+MUCH = random.Random(1).randbytes(24 << 20)
 
 
 @pytest.fixture
