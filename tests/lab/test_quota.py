@@ -260,6 +260,7 @@ def test_what_a_dead_build_left_frees_its_id_at_the_next_start(place: Place) -> 
 
     with open_rig(place.config) as rig:
         assert not list(rig.pool.catalog.staged())
+        rig.settle()
         assert place.is_free(project_id)
         assert rig.controller.create_volume(volume("one", SIZE)).id == volume_id
 
