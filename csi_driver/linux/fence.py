@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from csi_driver.linux import loop, mount, mountinfo
+from csi_driver.linux import loop, mount, mountinfo, syscall
 from csi_driver.linux.syscall import ioctl, umount2
 
 IMAGE: Final = re.compile(r"/volumes/(?P<id>[^/]+)/image(?: \(deleted\))?")
@@ -87,7 +87,7 @@ def _look(number: int) -> Held | None:
         major, minor = (folder / "dev").read_text().split(":")
         size, readonly = (int((folder / name).read_text()) for name in ("size", "ro"))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
+        if syscall.is_gone(error):
             return None  # Detached meanwhile.
         raise
     found = IMAGE.search(backing)

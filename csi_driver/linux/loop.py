@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from csi_driver.linux import syscall
 from csi_driver.linux.syscall import ioctl
 
 LOOP_CLR_FD: Final = 0x4C01
@@ -161,7 +162,7 @@ def remote(number: int) -> Remote | None:
     try:
         limit = _read_number(f"{_SYS_BLOCK}/loop{number}/loop/sizelimit")
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
+        if syscall.is_gone(error):
             return None  # Nothing is attached.
         raise
     if limit >> 52 != _REMOTE_MARK:
