@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from tests.lab.disks import run
 
@@ -202,6 +203,19 @@ class GaneshaServer(Host):
 
     def restart(self) -> None:
         self.start()
+
+
+Server = TypeVar("Server", bound=KernelServer | GaneshaServer)
+
+
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """Serving while the body runs; removed even if it never came up, for the next one needs what it has."""
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
 
 
 def processes() -> int:

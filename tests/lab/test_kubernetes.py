@@ -18,7 +18,7 @@ from tests.cluster.harness import deploy, driver_image, node
 from tests.cluster.harness.layout import Node
 from tests.cluster.kube import EXAMPLES, KubectlFailed, Manifest, Namespace, claim, pod
 from tests.lab.disks import Disk, run
-from tests.lab.hosts import KernelServer
+from tests.lab.hosts import KernelServer, serving
 
 pytestmark = pytest.mark.cluster
 
@@ -38,10 +38,8 @@ def server() -> Iterator[KernelServer]:
     for name in ("old", "pool"):
         (disk.target / "share" / name).mkdir(parents=True)
     (disk.target / "share/old/file").write_text("from 1999\n")
-    made = KernelServer(disk.target)
-    made.start()
-    yield made
-    made.remove()
+    with serving(KernelServer(disk.target)) as made:
+        yield made
     disk.remove()
 
 

@@ -16,7 +16,7 @@ import pytest
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import Driver, patiently
-from tests.lab.hosts import GaneshaServer, Host, KernelServer, wait_for
+from tests.lab.hosts import GaneshaServer, Host, KernelServer, serving, wait_for
 from tests.scene import backing_files
 
 MIB = 1 << 20
@@ -222,12 +222,8 @@ BOTH = pytest.mark.parametrize(
 def server(request: pytest.FixtureRequest, make_disk: Callable[..., Disk]) -> Iterator[AnyServer]:
     disk = make_disk("xfs", size="1G")
     (disk.target / "share").mkdir()
-    made: AnyServer = getattr(request, "param", KernelServer)(disk.target)
-    try:
-        made.start()
+    with serving(getattr(request, "param", KernelServer)(disk.target)) as made:
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture
@@ -607,22 +603,21 @@ root = "{root}"
 @pytest.fixture
 def pair(request: pytest.FixtureRequest, tmp_path: Path, make_disk: Callable[..., Disk]) -> Iterator[Pair]:
     servers: dict[str, AnyServer] = {}
-    for name in ("dead", "well"):
-        disk = make_disk("xfs", size="512M")
-        (disk.target / "share").mkdir()
-        servers[name] = request.param(disk.target) if name == "dead" else GaneshaServer(disk.target)
-        servers[name].start()
-    pools = (
-        POOL.format(name=name, server=one.address, root=tmp_path / name) for name, one in servers.items()
-    )
-    host = new_host()
-    driver = Driver("both", tmp_path, 'scope = "shared"\n' + "".join(pools), "all", host)
-    yield Pair(servers["dead"], servers["well"], tmp_path, host, driver)
-    driver.end()
-    host.remove()
-    wait_for(lambda: not loops(), 60)
-    for server in servers.values():
-        server.remove()
+    with contextlib.ExitStack() as ends:
+        for name in ("dead", "well"):
+            disk = make_disk("xfs", size="512M")
+            (disk.target / "share").mkdir()
+            kind: type[AnyServer] = request.param if name == "dead" else GaneshaServer
+            servers[name] = ends.enter_context(serving(kind(disk.target)))
+        pools = (
+            POOL.format(name=name, server=one.address, root=tmp_path / name) for name, one in servers.items()
+        )
+        host = new_host()
+        driver = Driver("both", tmp_path, 'scope = "shared"\n' + "".join(pools), "all", host)
+        yield Pair(servers["dead"], servers["well"], tmp_path, host, driver)
+        driver.end()
+        host.remove()
+        wait_for(lambda: not loops(), 60)
 
 
 @pytest.mark.parametrize(

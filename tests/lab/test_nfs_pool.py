@@ -12,7 +12,7 @@ import pytest
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import Driver, create, publish
-from tests.lab.hosts import Host, KernelServer
+from tests.lab.hosts import Host, KernelServer, serving
 
 CONFIG = """
 scope = "shared"
@@ -26,12 +26,8 @@ root = "{root}"
 
 @pytest.fixture
 def server(make_disk: Callable[..., Disk]) -> Iterator[KernelServer]:
-    made = KernelServer(make_disk("xfs", size="320M").target)
-    try:
-        made.start()
+    with serving(KernelServer(make_disk("xfs", size="320M").target)) as made:
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from csi_driver.model import MIB
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import MANY, Driver, create, publish
-from tests.lab.hosts import Host, KernelServer, wait_for
+from tests.lab.hosts import Host, KernelServer, serving, wait_for
 from tests.lab.test_quota import AS_USER, AT_THE_LIMIT, WRITER
 
 SIZE = 64 * MIB
@@ -42,13 +42,12 @@ class Place:
 def place(request: pytest.FixtureRequest, make_disk: Callable[..., Disk]) -> Iterator[Place]:
     fs_type = request.param
     disk = make_disk("ext4-prjquota" if fs_type == "ext4" else fs_type, "prjquota")
-    server, client = KernelServer(disk.target), Host()
-    try:
-        server.start()
-        yield Place(fs_type, server, client)
-    finally:
-        client.remove()
-        server.remove()
+    with serving(KernelServer(disk.target)) as server:
+        client = Host()
+        try:
+            yield Place(fs_type, server, client)
+        finally:
+            client.remove()
 
 
 @pytest.fixture

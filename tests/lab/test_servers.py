@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.lab.disks import Disk, run
-from tests.lab.hosts import GaneshaServer, Host, KernelServer, wait_for
+from tests.lab.hosts import GaneshaServer, Host, KernelServer, serving, wait_for
 
 Server = KernelServer | GaneshaServer
 
 
 @pytest.fixture(params=[KernelServer, GaneshaServer], ids=["nfsd", "ganesha"])
 def server(request: pytest.FixtureRequest, make_disk: Callable[..., Disk]) -> Iterator[Server]:
-    made: Server = request.param(make_disk("xfs", size="320M").target)
-    try:
-        made.start()
+    with serving(request.param(make_disk("xfs", size="320M").target)) as made:
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import MANY, Driver, create, publish
-from tests.lab.hosts import GaneshaServer, Host, wait_for
+from tests.lab.hosts import GaneshaServer, Host, serving, wait_for
 
 CONFIG = """
 scope = "shared"
@@ -30,12 +30,8 @@ mounted = true
 def server(make_disk: Callable[..., Disk]) -> Iterator[GaneshaServer]:
     disk = make_disk("xfs", size="320M")
     (disk.target / "share").mkdir()
-    made = GaneshaServer(disk.target)
-    try:
-        made.start()
+    with serving(GaneshaServer(disk.target)) as made:
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture

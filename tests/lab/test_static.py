@@ -12,7 +12,7 @@ import pytest
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.lab.disks import Disk, run
 from tests.lab.drivers import Driver
-from tests.lab.hosts import Host, KernelServer
+from tests.lab.hosts import Host, KernelServer, serving
 
 Mode = pb.VolumeCapability.AccessMode.Mode
 SHARE = {"path": "/share"}
@@ -29,11 +29,8 @@ def server(make_disk: Callable[..., Disk]) -> Iterator[KernelServer]:
     os.chmod(photos, 0o2750)
     (photos / "2026/one.jpg").write_text("one")
     os.chmod(photos / "2026/one.jpg", 0o640)
-    try:
-        made.start()
+    with serving(made):
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture
